@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package certs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// maxFile bounds what is read of one file. The largest chain with an RSA-8192 key is under 64 KiB; 1 MiB still
+// takes the system's whole CA bundle, and stops at a disk image that somebody called backup.pem.
+const maxFile = 1 << 20
+
+// Load reads a directory and reports everything that is wrong with it at once, sorted by file and line. What
+// could be understood is served; the store is nil if that is nothing. Expired certificates are served, with a
+// warning: a client that refuses one tells its user more than a gateway that does not answer.
+func Load(dir string, now time.Time) (*Store, []Problem) {
+	var r report
+	files := readAll(dir, list(dir, &r))
+	store := index(assemble(files, now, &r), now, &r)
+	warnOpenKeys(files, &r)
+	if store == nil && !slices.ContainsFunc(r, Problem.fatal) {
+		r.fail(place{file: dir}, "put NAME.crt and NAME.key into it; one level of subdirectories is read too",
+			"no certificate with its key: %d files *.pem, *.crt, *.cer, *.key were read", len(files))
+	}
+	return store, r.sorted()
+}
+
+// list is the files below dir that may hold certificates or keys, in order of name.
+func list(dir string, r *report) []string {
+	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
+		r.fail(place{file: dir}, "write the directory that holds it", "is not a directory")
+		return nil
+	}
+	return listLevel(dir, true, r)
+}
+
+func listLevel(dir string, descend bool, r *report) (paths []string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		reportUnreadable(dir, err, r)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		switch {
+		case strings.HasPrefix(e.Name(), "."), e.Name() == "lost+found": // the latter is in every fresh volume
+		case isDir(path, e):
+			if descend {
+				paths = append(paths, listLevel(path, false, r)...)
+			}
+		case holdsPEM(path):
+			paths = append(paths, path)
+		default:
+			reportForeign(path, r)
+		}
+	}
+	return paths
+}
+
+// isDir follows a link.
+func isDir(path string, e fs.DirEntry) bool {
+	if e.Type()&fs.ModeSymlink == 0 {
+		return e.IsDir()
+	}
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
+func holdsPEM(path string) bool {
+	switch strings.ToLower(filepath.Ext(path)) {
+	case ".pem", ".crt", ".cer", ".key":
+		return true
+	}
+	return false
+}
+
+// reportForeign names a file that somebody meant to be served and that is in a format we do not read. Once it
+// has been converted, and the result is beside it, there is nothing to say.
+func reportForeign(path string, r *report) {
+	format, ok := foreignByExtension[strings.ToLower(filepath.Ext(path))]
+	if !ok {
+		return
+	}
+	for _, pem := range []string{path + ".pem", stem(path) + ".pem"} {
+		if _, err := os.Stat(pem); err == nil {
+			return
+		}
+	}
+	r.fail(place{file: path}, convert(format, path), "is %s, which is not read", format)
+}
+
+// stem is a path without its extension.
+func stem(path string) string { return strings.TrimSuffix(path, filepath.Ext(path)) }
+
+// readAll reads and parses files on all CPUs; most of the time is spent checking that keys are sound.
+func readAll(dir string, paths []string) []*file {
+	files := make([]*file, len(paths))
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(paths)) {
+		workers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(paths)); i = next.Add(1) - 1 {
+				files[i] = readFile(dir, paths[i])
+			}
+		})
+	}
+	workers.Wait()
+	return files
+}
+
+// readFile is the parsed file; what kept it from being read is among its problems.
+func readFile(dir, path string) *file {
+	f := &file{path: path, name: path}
+	if name, err := filepath.Rel(dir, path); err == nil {
+		f.name = name
+	}
+	data, mode, err := readBounded(path)
+	if err != nil {
+		f.broken = true
+		reportUnreadable(path, err, &f.problems)
+		return f
+	}
+	f.mode = mode
+	f.parse(data)
+	clear(data) // it may hold a key
+	return f
+}
+
+var (
+	errNotRegular = errors.New("is not a regular file")
+	errTooLarge   = fmt.Errorf("is larger than %d KiB", maxFile>>10)
+)
+
+// readBounded looks at what it has opened, not at the name: between a stat and an open the file may change, and
+// the open of a pipe would wait for a writer.
+//
+//	openat(path, O_RDONLY|O_NONBLOCK) fstat read… close
+func readBounded(path string) ([]byte, fs.FileMode, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, 0, err
+	case !info.Mode().IsRegular():
+		return nil, 0, errNotRegular
+	case info.Size() > maxFile:
+		return nil, 0, errTooLarge
+	}
+	data := make([]byte, info.Size())
+	n, err := io.ReadFull(f, data) // a file that is growing is read as far as it was
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return nil, 0, err
+	}
+	return data[:n], info.Mode(), nil
+}
+
+func reportUnreadable(path string, err error, r *report) {
+	at := place{file: path}
+	info, statErr := os.Stat(path)
+	switch {
+	case errors.Is(err, errNotRegular):
+		r.fail(at, "put a file or a link to a file there", "%v", err)
+	case errors.Is(err, errTooLarge):
+		r.fail(at, "a chain and its key take a few KiB: give each certificate a file of its own", "%v", err)
+	case errors.Is(err, fs.ErrNotExist):
+		target, linkErr := os.Readlink(path)
+		if linkErr != nil {
+			r.fail(at, "make it, or name the directory that holds the certificates", "does not exist")
+			return
+		}
+		r.fail(at, "renew the link or remove it", "is a link to %s, which does not exist", printable(target))
+	case errors.Is(err, fs.ErrPermission) && statErr == nil:
+		name, mode := whoami(), "600"
+		if info.IsDir() {
+			mode = "700"
+		}
+		r.fail(at, fmt.Sprintf("run: chown %s %s && chmod %s %[2]s", name, shell(path), mode),
+			"user %s (uid %d) may not read it: owner is uid %d, mode %04o", name, os.Geteuid(), owner(info), info.Mode().Perm())
+	case errors.Is(err, fs.ErrPermission):
+		r.fail(at, "run: chmod a+x "+shell(filepath.Dir(path)),
+			"user %s (uid %d) may not enter the directory it is in", whoami(), os.Geteuid())
+	default:
+		if e, ok := errors.AsType[*fs.PathError](err); ok {
+			err = e.Err // without the path, which the problem has
+		}
+		r.fail(at, "", "cannot be read: %v", err)
+	}
+}
+
+// whoami is the name of the user that this process is, or its number in a container without a passwd file.
+func whoami() string {
+	uid := strconv.Itoa(os.Geteuid())
+	if u, err := user.LookupId(uid); err == nil {
+		return u.Username
+	}
+	return uid
+}
+
+func owner(info fs.FileInfo) uint32 {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		return st.Uid
+	}
+	return 0
+}
+
+// warnOpenKeys warns once a directory of private keys that others can read, since one mistake made them all so.
+func warnOpenKeys(files []*file, r *report) {
+	open := make(map[string][]*file)
+	var dirs []string
+	for _, f := range files {
+		if len(f.keys) == 0 || f.mode.Perm()&0o077 == 0 {
+			continue
+		}
+		dir := filepath.Dir(f.path)
+		if open[dir] == nil {
+			dirs = append(dirs, dir)
+		}
+		open[dir] = append(open[dir], f)
+	}
+	for _, dir := range dirs {
+		first, more := open[dir][0], ""
+		if n := len(open[dir]) - 1; n > 0 {
+			more = fmt.Sprintf(" (and %d more in %s)", n, printable(dir))
+		}
+		r.warn(place{file: first.path}, closeKeyHint(dir, open[dir]), "the private key can be read by others: mode %04o%s",
+			first.mode.Perm(), more)
+	}
+}
+
+// closeKeyHint knows that a mounted Kubernetes secret is read-only: its mode is set where it is mounted.
+func closeKeyHint(dir string, files []*file) string {
+	if _, err := os.Lstat(filepath.Join(dir, "..data")); err == nil {
+		return "set defaultMode: 0400 in the secret's volume"
+	}
+	if len(files) > 3 {
+		return "run: chmod 600 " + shell(dir) + "/*"
+	}
+	hint := "run: chmod 600"
+	for _, f := range files {
+		hint += " " + shell(f.path)
+	}
+	return hint
+}
+
+// shell quotes a path for a command that is to be copied into a shell.
+func shell(path string) string {
+	plain := func(r rune) bool {
+		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+=@:,", r)
+	}
+	if !strings.ContainsFunc(path, func(r rune) bool { return !plain(r) }) {
+		return path
+	}
+	return "'" + strings.ReplaceAll(path, "'", `'\''`) + "'"
+}

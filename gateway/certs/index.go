@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package certs
+
+import (
+	"cmp"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// soon is when a certificate that is about to expire is worth a warning: certbot renews 30 days before, so at 21
+// something has failed three weeks long. Of a certificate that lives less than 63 days it is the last third.
+const soon = 21 * 24 * time.Hour
+
+// triple is the best certificate of each kind for a name. Names with the same triple share an Entry.
+type triple [kinds]*Certificate
+
+// index makes the Store of certificates; nil if none serves anything.
+func index(certs []*Certificate, now time.Time, r *report) *Store {
+	b := &builder{now: now, report: r, entries: make(map[triple]*Entry), lost: make(map[[2]*Certificate]bool)}
+	s := &Store{exact: make(map[string]*Entry), wildcard: make(map[string]*Entry), addrs: make(map[netip.Addr]*Entry)}
+	names, addrs := make(map[string][]*Certificate), make(map[netip.Addr][]*Certificate)
+	for _, c := range certs {
+		for _, name := range c.Names {
+			names[name] = append(names[name], c)
+		}
+		for _, addr := range c.Addrs {
+			addrs[addr] = append(addrs[addr], c)
+		}
+	}
+	for _, name := range sortedKeys(names, strings.Compare) {
+		e := b.entry(name, names[name])
+		e.Names = append(e.Names, name)
+		if below, ok := strings.CutPrefix(name, "*"); ok {
+			s.wildcard[below] = e
+		} else {
+			s.exact[name] = e
+		}
+	}
+	for _, addr := range sortedKeys(addrs, netip.Addr.Compare) {
+		e := b.entry(addr.String(), addrs[addr])
+		e.Addrs = append(e.Addrs, addr)
+		s.addrs[addr] = e
+	}
+	if s.entries = b.order; len(s.entries) == 0 {
+		return nil
+	}
+	b.warnTimes()
+	return s
+}
+
+// builder gives out one Entry for each triple.
+type builder struct {
+	entries map[triple]*Entry
+	order   []*Entry
+	lost    map[[2]*Certificate]bool // winner and loser that have been named
+	now     time.Time
+	*report
+}
+
+func (b *builder) entry(name string, certs []*Certificate) *Entry {
+	var best triple
+	for _, c := range certs {
+		if w := best[c.kind]; w == nil || fresher(c.pair.Leaf, w.pair.Leaf, b.now) {
+			best[c.kind] = c
+		}
+	}
+	for _, c := range certs {
+		b.warnLost(name, best[c.kind], c)
+	}
+	e := b.entries[best]
+	if e == nil {
+		e = &Entry{}
+		for _, c := range best {
+			if c != nil {
+				e.Certs = append(e.Certs, c)
+			}
+		}
+		b.entries[best] = e
+		b.order = append(b.order, e)
+	}
+	return e
+}
+
+// warnLost says once for two certificates, not for each name, that one is served in the other's place.
+func (b *builder) warnLost(name string, winner, loser *Certificate) {
+	pair := [2]*Certificate{winner, loser}
+	if winner == loser || b.lost[pair] {
+		return
+	}
+	b.lost[pair] = true
+	b.warn(loser.at(), "remove the one that is not wanted", "not served for %s: %s has a newer certificate (%s, from %s)",
+		name, winner.at(), winner.KeyType, day(winner.NotBefore))
+}
+
+func (c *Certificate) at() place { return place{c.CertFile, c.line} }
+
+// warnTimes is about certificates that are served; an old one that lost its names to a new one expires in peace.
+func (b *builder) warnTimes() {
+	seen := make(map[*Certificate]bool)
+	for _, e := range b.order {
+		for _, c := range e.Certs {
+			if !seen[c] {
+				seen[c] = true
+				b.warnTime(c)
+			}
+		}
+	}
+}
+
+func (b *builder) warnTime(c *Certificate) {
+	name := title(c.pair.Leaf)
+	early := min(soon, c.NotAfter.Sub(c.NotBefore)/3)
+	switch left := c.NotAfter.Sub(b.now); {
+	case b.now.Before(c.NotBefore):
+		b.warn(c.at(), "check the clock of this machine", "the certificate for %s is not valid before %s", name, day(c.NotBefore))
+	case left < 0:
+		b.warn(c.at(), "renew it: clients refuse it", "the certificate for %s expired %s", name, day(c.NotAfter))
+	case left < early:
+		b.warn(c.at(), "renew it", "the certificate for %s expires %s, %s", name, in(left), day(c.NotAfter))
+	}
+}
+
+func in(left time.Duration) string {
+	if left < 48*time.Hour {
+		return fmt.Sprintf("in %d hours", left/time.Hour)
+	}
+	return fmt.Sprintf("in %d days", left/(24*time.Hour))
+}
+
+func day(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }
+
+// title is how messages call a certificate: by its first name, quoted unless it is a plain host name.
+func title(c *x509.Certificate) string {
+	name := commonName(c.Subject)
+	switch {
+	case len(c.DNSNames) > 0:
+		name = strings.ToLower(c.DNSNames[0])
+	case len(c.IPAddresses) > 0:
+		return c.IPAddresses[0].String()
+	}
+	if servable(name) {
+		return name
+	}
+	return fmt.Sprintf("%.80q", name)
+}
+
+func commonName(n pkix.Name) string { return cmp.Or(n.CommonName, n.String()) }
+
+func sortedKeys[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
+	keys := make([]K, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.SortFunc(keys, compare)
+	return keys
+}

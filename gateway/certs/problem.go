@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package certs
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+)
+
+// Problem is something in the directory that an operator should know. It never holds a byte of a private key.
+type Problem struct {
+	File    string // path of the file or directory
+	Line    int    // in File, from 1; 0 if it concerns the whole file
+	Warning bool   // the certificate is served all the same
+	Msg     string // what is wrong
+	Hint    string // what to do instead; may be empty
+}
+
+// Error is "file[:line]: what is wrong; what to do instead".
+func (p Problem) Error() string {
+	var b strings.Builder
+	b.WriteString(printable(p.File))
+	if p.Line > 0 {
+		b.WriteString(":" + strconv.Itoa(p.Line))
+	}
+	b.WriteString(": " + p.Msg)
+	if p.Hint != "" {
+		b.WriteString("; " + p.Hint)
+	}
+	return b.String()
+}
+
+// printable quotes a file name that could speak to the terminal.
+func printable(name string) string {
+	if strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(name)
+	}
+	return name
+}
+
+// report collects problems.
+type report []Problem
+
+// place is where a problem is.
+type place struct {
+	file string
+	line int
+}
+
+func (r *report) fail(at place, hint, format string, args ...any) {
+	*r = append(*r, Problem{File: at.file, Line: at.line, Msg: fmt.Sprintf(format, args...), Hint: hint})
+}
+
+func (r *report) warn(at place, hint, format string, args ...any) {
+	*r = append(*r, Problem{File: at.file, Line: at.line, Warning: true, Msg: fmt.Sprintf(format, args...), Hint: hint})
+}
+
+// sorted is by file and line, errors before warnings.
+func (r report) sorted() []Problem {
+	slices.SortStableFunc(r, func(a, b Problem) int {
+		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(rank(a), rank(b)))
+	})
+	return r
+}
+
+func rank(p Problem) int {
+	if p.fatal() {
+		return 0
+	}
+	return 1
+}
+
+func (p Problem) fatal() bool { return !p.Warning }
