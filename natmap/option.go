@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package natmap
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// An OptionDoc documents one option.
+type OptionDoc struct {
+	Key   string // "mode"
+	Value string // "terminate|pass|tcp"
+	Rules string // the rules it has a meaning for: "terminate, pass, tcp"
+	Help  string // one line
+}
+
+// OptionDocs returns every option a rule can have, in canonical order.
+func OptionDocs() []OptionDoc {
+	docs := make([]OptionDoc, len(options))
+	for i, o := range options {
+		docs[i] = OptionDoc{o.key, o.value, o.where(), o.help}
+	}
+	return docs
+}
+
+// An option is a row of the registry: to add an option, add a row (and its field
+// to Options).
+type option struct {
+	key, value, help string
+	uses             kind
+	unnamed          bool // only for a rule without a name
+	// set reads v into its field of o, or complains about v.
+	set func(p *parser, o *Options, v token)
+	// show writes the field as set reads it.
+	show func(o *Options) string
+}
+
+var options = []option{
+	{
+		key: "mode", value: "terminate|pass|tcp", uses: terminate | pass | tcp | demo,
+		help: "terminate: TLS ends here; pass: route on the name, touch nothing; tcp: look at nothing (default terminate)",
+		set:  enum(modeWords, nil, func(o *Options) *Mode { return &o.Mode }),
+		show: func(o *Options) string { return o.Mode.String() },
+	},
+	{
+		key: "proxy", value: "v1|v2|off", uses: terminate | pass | tcp,
+		help: "PROXY protocol header sent to the backend (default off)",
+		set: enum(proxyWords, map[string]string{"1": "v1", "2": "v2", "none": "off", "no": "off", "on": "v2", "yes": "v2"},
+			func(o *Options) *ProxyVersion { return &o.Proxy }),
+		show: func(o *Options) string { return o.Proxy.String() },
+	},
+	timer("idle", "closes a connection that moved no byte for so long", terminate|pass|tcp|demo, true,
+		func(o *Options) *time.Duration { return &o.Idle }),
+	timer("connect", "how long one try to reach a backend may take", terminate|pass|tcp, false,
+		func(o *Options) *time.Duration { return &o.Connect }),
+	timer("linger", "how long the open half of a half-closed connection may be idle", terminate|pass|tcp|demo, false,
+		func(o *Options) *time.Duration { return &o.Linger }),
+	timer("lifetime", "closes a connection so long after it was accepted", terminate|pass|tcp|demo, true,
+		func(o *Options) *time.Duration { return &o.Lifetime }),
+	{
+		key: "min-tls", value: "1.2|1.3", uses: terminate | demo,
+		help: "lowest TLS version a client may speak",
+		set:  setMinTLS,
+		show: func(o *Options) string { return "1." + strconv.Itoa(int(o.MinTLS)-0x0301) },
+	},
+	{
+		key: "alpn", value: "PROTOCOL,…", uses: terminate | demo,
+		help: "application protocols offered to the client, preferred first, as in h2,http/1.1",
+		set:  setALPN,
+		show: func(o *Options) string { return strings.Join(o.ALPN, ",") },
+	},
+	{
+		key: "cert", value: "NAME", uses: terminate | demo, unnamed: true,
+		help: "certificate for a client that sends no name",
+		set:  func(p *parser, o *Options, v token) { o.Cert = p.name(v) },
+		show: func(o *Options) string { return o.Cert },
+	},
+	{
+		key: "https-port", value: "PORT", uses: redirect,
+		help: "port that redirect sends the client to (default 443)",
+		set:  func(p *parser, o *Options, v token) { o.HTTPSPort, _ = p.port(v) },
+		show: func(o *Options) string { return strconv.Itoa(int(o.HTTPSPort)) },
+	},
+}
+
+// where lists the rules that o has a meaning for.
+func (o *option) where() string {
+	var words []string
+	for i, w := range kindWords {
+		if o.uses&(1<<i) != 0 {
+			words = append(words, w)
+		}
+	}
+	s := strings.Join(words, ", ")
+	if o.unnamed {
+		s += " (without a name)"
+	}
+	return s
+}
+
+// A kind is what a rule does, seen by its options. It is a set in option.uses.
+type kind uint8
+
+const (
+	terminate kind = 1 << iota
+	pass
+	tcp
+	redirect
+	reject
+	demo
+)
+
+var kindWords = []string{"terminate", "pass", "tcp", "redirect", "reject", "demo"}
+
+func kindOf(a Action, m Mode) kind {
+	switch a {
+	case Redirect:
+		return redirect
+	case Reject:
+		return reject
+	case Demo:
+		return demo
+	}
+	return terminate << m
+}
+
+// String returns the kind as the map writes it.
+func (k kind) String() string {
+	w := kindWords[bits.TrailingZeros8(uint8(k))]
+	if k <= tcp {
+		return "mode=" + w
+	}
+	return w
+}
+
+// enum reads one of words into a field whose values are their indexes. slips maps
+// other spellings to the word that is meant.
+func enum[T ~uint8](words []string, slips map[string]string, field func(*Options) *T) func(*parser, *Options, token) {
+	return func(p *parser, o *Options, v token) {
+		if i := slices.Index(words, v.text); i >= 0 {
+			*field(o) = T(i)
+			return
+		}
+		hint := "write " + list(words)
+		if w := slips[strings.ToLower(v.text)]; w != "" {
+			hint = "did you mean " + w + "?"
+		} else if w := nearest(v.text, words); w != "" {
+			hint = "did you mean " + w + "?"
+		}
+		p.fault(v, quote(v.text)+" is not one of the values", hint)
+	}
+}
+
+const (
+	minTimer = time.Millisecond     // below it a timer fires before a packet can arrive
+	maxTimer = 366 * 24 * time.Hour // above it a number is a slip
+)
+
+// timer is the row of an option whose value is a duration.
+func timer(key, help string, uses kind, off bool, field func(*Options) *time.Duration) option {
+	row := option{key: key, value: "DURATION", help: help, uses: uses}
+	hint := "write a duration with its unit, as in 90s, 15m or 24h"
+	if off {
+		row.value += "|off"
+		hint += ", or off"
+	}
+	row.set = func(p *parser, o *Options, v token) {
+		if off && v.text == "off" {
+			*field(o) = Off
+			return
+		}
+		d, err := time.ParseDuration(v.text)
+		switch {
+		case err != nil:
+			p.fault(v, quote(v.text)+" is not a duration", durationHint(v.text, hint))
+		case d < minTimer || d > maxTimer:
+			p.fault(v, quote(v.text)+" is out of range", "write a duration from 1ms to 8784h")
+		default:
+			*field(o) = d
+		}
+	}
+	row.show = func(o *Options) string { return duration(*field(o)) }
+	return row
+}
+
+func durationHint(s, hint string) string {
+	if n, ok := strings.CutSuffix(s, "d"); ok && digits(n) && len(n) < 4 {
+		days, _ := strconv.Atoi(n)
+		return fmt.Sprintf("write %dh", 24*days)
+	}
+	if digits(s) {
+		return "write the unit: " + clip(s) + "s"
+	}
+	return hint
+}
+
+// duration writes d without the zero units of Duration.String.
+func duration(d time.Duration) string {
+	if d == Off {
+		return "off"
+	}
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = s[:len(s)-2]
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = s[:len(s)-2]
+	}
+	return s
+}
+
+func setMinTLS(p *parser, o *Options, v token) {
+	switch v.text {
+	case "1.2":
+		o.MinTLS = 0x0303
+	case "1.3":
+		o.MinTLS = 0x0304
+	case "1.0", "1.1":
+		p.fault(v, "TLS "+v.text+" is not spoken here (RFC 8996)", "write 1.2 or 1.3")
+	default:
+		p.fault(v, quote(v.text)+" is not a TLS version", "write 1.2 or 1.3")
+	}
+}
+
+// alpnSlips are protocol names that look registered and are not.
+var alpnSlips = map[string]string{
+	"http/2": "h2", "http2": "h2", "http/2.0": "h2", "http1.1": "http/1.1", "http1": "http/1.1", "http/1": "http/1.1", "h1": "http/1.1", "http": "http/1.1",
+}
+
+// maxALPN bounds the bytes of the list: what a server would ever choose from, far
+// below the two length bytes of RFC 7301 section 3.1.
+const maxALPN = 1024
+
+func setALPN(p *parser, o *Options, v token) {
+	if len(v.text) > maxALPN {
+		p.fault(v, fmt.Sprintf("the list has %d bytes", len(v.text)), fmt.Sprintf("write at most %d", maxALPN))
+		return
+	}
+	var list []string
+	for at, item := 0, ""; at <= len(v.text); at += len(item) + 1 {
+		item, _, _ = strings.Cut(v.text[at:], ",")
+		t := v.sub(at, at+len(item))
+		slip := alpnSlips[strings.ToLower(item)]
+		switch {
+		case item == "":
+			p.fault(t, "a protocol of the list is empty", "write protocols with one comma between them: h2,http/1.1")
+		case len(item) > 255 || !ascii(item):
+			p.fault(t, quote(item)+" is not a protocol", "write a registered one, as in h2,http/1.1 (RFC 7301 section 6)")
+		case slip != "":
+			p.fault(t, quote(item)+" is not a registered protocol", "did you mean "+slip+"?")
+		case slices.Contains(list, item):
+			p.fault(t, quote(item)+" stands twice", "write it once")
+		}
+		list = append(list, item)
+	}
+	o.ALPN = list
+}
+
+// assignments are the options of a line: at the index of its row, nil or what was
+// assigned.
+type assignments []*assignment
+
+type assignment struct {
+	token   token // KEY=VALUE
+	value   token
+	setting Setting
+	line    *defaultLine // nil on a rule
+}
+
+// A defaultLine is remembered to warn when no rule takes anything from it.
+type defaultLine struct {
+	pos  Pos
+	used bool
+}
+
+func newAssignments() assignments { return make(assignments, len(options)) }
+
+// optionLike reports whether s is KEY=VALUE and not a backend.
+func optionLike(s string) bool {
+	i := strings.IndexByte(s, '=')
+	return i > 0 && strings.IndexFunc(s[:i], func(c rune) bool {
+		return c != '-' && c != '_' && (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'z')
+	}) < 0
+}
+
+// spaced complains about KEY = VALUE and sets n to the tokens it takes up.
+func (p *parser) spaced(toks []token, n *int) bool {
+	t := toks[0]
+	next := ""
+	if len(toks) > 1 {
+		next = toks[1].text
+	}
+	value := ""
+	switch {
+	case optionLike(t.text+"=") && strings.HasPrefix(next, "=") && next != "=>" && next != "==>":
+		if *n, value = 2, next[1:]; value == "" && len(toks) > 2 {
+			*n, value = 3, toks[2].text
+		}
+	case optionLike(t.text) && strings.HasSuffix(t.text, "=") && next != "" && !strings.ContainsAny(next, ":="):
+		*n, value = 2, next
+	default:
+		return false
+	}
+	p.fault(t, "a space stands beside the =", "write "+clip(strings.TrimSuffix(t.text, "="))+"="+clip(value))
+	return true
+}
+
+// lookup returns the index of the row for a key, or -1 after a complaint.
+func (p *parser) lookup(t token) int {
+	if i := slices.IndexFunc(options, func(o option) bool { return o.key == t.text }); i >= 0 {
+		return i
+	}
+	keys := make([]string, len(options))
+	for i, o := range options {
+		keys[i] = o.key
+	}
+	hint := "options are " + strings.Join(keys, ", ")
+	if w := nearest(strings.ReplaceAll(t.text, "_", "-"), keys); w != "" {
+		hint = "did you mean " + w + "?"
+	}
+	p.fault(t, "unknown option "+quote(t.text), hint)
+	return -1
+}
+
+// assign reads KEY=VALUE into a, and returns the index of the row or -1.
+func (p *parser) assign(a assignments, t token) int {
+	eq := strings.IndexByte(t.text, '=')
+	i := p.lookup(t.sub(0, eq))
+	if i < 0 {
+		return i
+	}
+	o, value := &options[i], t.from(eq+1)
+	if a[i] != nil {
+		p.fault(t, o.key+" stands twice on the line", "write it once")
+		return i
+	}
+	a[i] = &assignment{token: t, value: value, setting: Setting{Key: o.key, Pos: p.pos(t)}}
+	if value.text == "" {
+		p.fault(t, o.key+"= has no value", "write "+o.key+"="+o.value)
+		return i
+	}
+	faults := len(p.errs)
+	var scratch Options
+	if o.set(p, &scratch, value); len(p.errs) == faults {
+		a[i].setting.Value = o.show(&scratch)
+	}
+	return i
+}
+
+// defaultLine reads default KEY=VALUE… and merges it into the defaults of the file.
+func (p *parser) defaultLine(word token, toks []token) {
+	if len(toks) == 0 {
+		p.fault(word, "default sets nothing", "write default KEY=VALUE")
+		return
+	}
+	line := &defaultLine{pos: p.pos(word)}
+	here := newAssignments()
+	for n := 1; len(toks) > 0; toks, n = toks[n:], 1 {
+		t := toks[0]
+		if p.spaced(toks, &n) {
+			continue
+		}
+		if !optionLike(t.text) { // most probably a rule: the rest of it is no option either
+			p.fault(t, quote(t.text)+" is not an option", "write options as KEY=VALUE behind default, rules on lines of their own")
+			break
+		}
+		p.assignDefault(here, t, line)
+	}
+	p.defaults = slices.Clone(p.defaults)
+	for i, a := range here {
+		if a != nil {
+			p.defaults[i] = a
+		}
+	}
+	p.lines = append(p.lines, line)
+}
+
+func (p *parser) assignDefault(here assignments, t token, line *defaultLine) {
+	faults := len(p.errs)
+	i := p.assign(here, t)
+	if i < 0 {
+		return
+	}
+	if i == modeRow {
+		p.lostMode = len(p.errs) > faults
+	}
+	if len(p.errs) > faults {
+		here[i] = nil
+		p.defaults = slices.Clone(p.defaults)
+		p.defaults[i] = nil
+		return
+	}
+	here[i].setting.Default, here[i].line = true, line
+}
+
+// settle gives a rule its options, its own before the defaults, and checks that
+// they go together with the rest of it.
+func (p *parser) settle(d *draft) {
+	mode := d.own[modeRow]
+	if mode == nil && d.Action == Forward {
+		mode = p.defaults[modeRow]
+	}
+	if mode != nil {
+		options[modeRow].set(p, &d.Options, mode.value)
+	}
+	k := kindOf(d.Action, d.Options.Mode)
+	for i := range options {
+		o, a := &options[i], d.own[i]
+		if a != nil {
+			p.checkUse(o, a, k, d.named())
+		} else if a = p.defaults[i]; a == nil || !o.inherited(k, d.named()) {
+			continue
+		}
+		o.set(p, &d.Options, a.value)
+		d.Settings = append(d.Settings, a.setting)
+		if a.line != nil {
+			a.line.used = true
+		}
+	}
+	p.checkMode(d, mode)
+}
+
+// modeRow is the index of mode in options: it decides what the others mean.
+const modeRow = 0
+
+// inherited reports whether a default line sets o for such a rule. Demo has one
+// mode only, so that a default mode does not reach it.
+func (o *option) inherited(k kind, named bool) bool {
+	return o.uses&k != 0 && !(o.unnamed && named) && !(o.key == "mode" && k == demo)
+}
+
+// checkUse complains about an option on a rule that it has no meaning for.
+func (p *parser) checkUse(o *option, a *assignment, k kind, named bool) {
+	switch {
+	case o.uses&k == 0:
+		p.fault(a.token, o.key+"= has no meaning for "+k.String(), "remove it; it goes with "+o.where())
+	case o.unnamed && named:
+		p.fault(a.token, o.key+"= is for clients that send no name, this rule for those that do", "write it on the rule without a name")
+	case o.key == "mode" && k == demo && a.setting.Value != "terminate":
+		p.fault(a.token, "demo ends TLS itself", "remove "+a.token.text)
+	}
+}
+
+// checkMode complains about names and backends that the mode cannot serve. mode is
+// where it was set, if it was.
+func (p *parser) checkMode(d *draft, mode *assignment) {
+	says := "mode=" + d.Options.Mode.String()
+	if mode != nil && mode.setting.Default {
+		says += " (set at " + mode.setting.Pos.String() + ")"
+	}
+	switch {
+	case d.Action == Redirect && d.named():
+		p.fault(d.left[1], "redirect answers plain HTTP, which begins without a name", "write "+d.left[0].text+" -> redirect")
+	case d.Action != Forward:
+	case d.Options.Mode == TCP && d.named():
+		p.fault(d.left[1], says+" reads nothing, so it cannot tell names apart", "remove the name, or write mode=pass")
+	case d.Options.Mode != Terminate && d.tls.text != "":
+		p.fault(d.tls, says+" leaves the bytes as they are, so it cannot encrypt to a backend", "write "+clip(strings.TrimPrefix(d.tls.text, "tls://"))+", or mode=terminate")
+	}
+}
