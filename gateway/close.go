@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// Closing a socket in which unread bytes lie sends a reset, and a reset makes the peer's kernel forget what it
+	// has not read yet: our last words. So after last words the client is read, and ignored, until it has closed
+	// too, for this long,
+	lastWordsTime = 2 * time.Second
+	// and this many bytes.
+	lastWordsBytes = 256 << 10
+)
+
+// answerAndLinger says the last words to a client that gets nothing else.
+func (c *conn) answerAndLinger(words []byte) stage {
+	if _, e := sysWrite(c.client.fd, words); e != 0 {
+		return c.finish(ClientReset, "")
+	}
+	return c.startLinger()
+}
+
+// startLinger ends our stream to the client and waits for the end of its own.
+func (c *conn) startLinger() stage {
+	_ = unix.Shutdown(int(c.client.fd), unix.SHUT_WR)
+	c.pending = nil
+	c.setDeadline(int64(lastWordsTime))
+	return lingering
+}
+
+func (c *conn) linger() stage {
+	if !c.skim(&c.client) || c.skimmed > lastWordsBytes {
+		return c.finish(OK, "") // what was told before is what counts
+	}
+	return lingering
+}
+
+// skim reads and forgets what a socket brings. It says whether the peer may still send more.
+func (c *conn) skim(s *socket) bool {
+	for s.readable && c.skimmed <= lastWordsBytes {
+		n, e := sysRead(s.fd, c.loop.scratch)
+		switch {
+		case e == unix.EAGAIN:
+			s.readable = false
+		case e != 0:
+			s.failed = e
+			return false
+		case n == 0:
+			s.readable = false
+			return false
+		default:
+			c.skimmed += int32(n)
+		}
+	}
+	return true
+}
+
+// abort makes the close of s a reset.
+func abort(s *socket) {
+	if s.fd >= 0 {
+		_ = unix.SetsockoptLinger(int(s.fd), unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
+	}
+}
+
+// A reset makes our kernel forget what the peer has not acknowledged. It waits until that has happened: looked at
+// again after this long.
+const deliveryCheck = 10 * time.Millisecond
+
+// startReset carries a reset (or a violation) over to the side that is still there, once that has everything that
+// came before.
+func (c *conn) startReset(o Outcome, why string) stage {
+	c.tell(o, why)
+	c.setDeadline(int64(c.route.linger))
+	c.end = c.loop.now + int64(c.route.linger)
+	return resetting
+}
+
+func (c *conn) resetWhenDelivered() stage {
+	left := 0
+	for _, s := range [...]*socket{&c.client, &c.backend} {
+		if s.fd >= 0 && s.failed == 0 {
+			left += unsent(s.fd)
+		}
+	}
+	if left > 0 && c.loop.now < c.end {
+		c.loop.wheel.set(c, c.loop.now+int64(deliveryCheck))
+		return resetting
+	}
+	c.skim(&c.client)
+	abort(&c.backend)
+	if !c.lastWords {
+		abort(&c.client)
+	}
+	return c.finish(OK, "")
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/net/idna"
+
+	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// Config is everything that was read: settings, map, certificates. It is checked and never changes.
+type Config struct {
+	Settings Settings
+	Map      *natmap.Map
+	Certs    *certs.Store
+}
+
+// DemoMap is the map of a gateway that was given none.
+const DemoMap = ":8443 -> demo"
+
+// ReadConfig reads the map and the certificates that the settings name. Every complaint comes at once; if one of
+// them is an error the Config is nil.
+func ReadConfig(s Settings) (*Config, Problems) {
+	c := &Config{Settings: s}
+	var problems Problems
+	sources, problems := mapSources(&s)
+	if len(sources) == 0 && len(problems) == 0 {
+		problems = append(problems, Problem{Text: "there is no map: write rules into a file and set " + Prefix +
+			"MAP_FILE to its path, or set " + Prefix + "MAP to the rules themselves, such as ':443 www.example.com -> 10.0.0.11:8080'; '" +
+			"tlsnat demo' runs without one"})
+	}
+	if !problems.Errors() {
+		m, err := natmap.Parser{ToASCII: idna.Lookup.ToASCII}.Parse(sources...)
+		problems = append(problems, mapProblems(err)...)
+		if m != nil {
+			c.Map = m
+			for _, w := range m.Warnings() {
+				problems = append(problems, Problem{true, w.Error()})
+			}
+			if len(m.Rules) == 0 && err == nil {
+				problems = append(problems, Problem{Text: "the map has no rule: write one, such as ':443 www.example.com -> 10.0.0.11:8080'"})
+			}
+		}
+	}
+	problems = append(problems, c.readCerts()...)
+	if c.Map != nil {
+		problems = append(problems, c.checkRules()...)
+	}
+	if problems.Errors() {
+		return nil, problems
+	}
+	return c, problems
+}
+
+// mapSources reads the texts of the map.
+func mapSources(s *Settings) (sources []natmap.Source, problems Problems) {
+	if s.Map != "" {
+		sources = append(sources, natmap.Source{Name: Prefix + "MAP", Text: s.Map})
+	}
+	if s.MapFile == "" {
+		return sources, nil
+	}
+	files := []string{s.MapFile}
+	info, err := os.Stat(s.MapFile)
+	if err == nil && info.IsDir() {
+		files, err = filepath.Glob(filepath.Join(globEscape(s.MapFile), "*.natmap"))
+		slices.Sort(files)
+		if err == nil && len(files) == 0 {
+			err = errors.New("no *.natmap file is in this directory")
+		}
+	}
+	if err != nil {
+		return nil, Problems{{Text: fmt.Sprintf("%sMAP_FILE=%s: %v; write the path of a file with rules, or of a directory with *.natmap files", Prefix, s.MapFile, reason(err))}}
+	}
+	for _, f := range files {
+		text, err := readBounded(f, natmap.MaxText)
+		if err != nil {
+			problems = append(problems, Problem{Text: fmt.Sprintf("%s: %v; make the file readable for the user that tlsnat runs as (uid %d)", f, reason(err), os.Getuid())})
+			continue
+		}
+		sources = append(sources, natmap.Source{Name: f, Text: text})
+	}
+	return sources, problems
+}
+
+// reason is an error without the path, which the message has already.
+func reason(err error) error {
+	var pe *os.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
+func globEscape(s string) string {
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(s)
+}
+
+func readBounded(path string, limit int64) (string, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", err
+	}
+	if info.Size() > limit {
+		return "", fmt.Errorf("%d bytes, more than a map may have (%d)", info.Size(), limit)
+	}
+	b, err := os.ReadFile(path)
+	return string(b), err
+}
+
+func mapProblems(err error) (problems Problems) {
+	var all natmap.Errors
+	switch {
+	case err == nil:
+	case errors.As(err, &all):
+		for _, e := range all {
+			problems = append(problems, Problem{Text: e.Error()})
+		}
+	default:
+		problems = append(problems, Problem{Text: err.Error()})
+	}
+	return problems
+}
+
+// readCerts loads the directory of certificates. A demo without one makes its own.
+func (c *Config) readCerts() (problems Problems) {
+	now := time.Now()
+	if c.Settings.Certs == "" {
+		if c.Map == nil || !c.onlyDemoTerminates() {
+			return nil
+		}
+		store, err := certs.SelfSigned(filepath.Join(c.Settings.State, "demo"), []string{"localhost", "127.0.0.1", "::1"}, now)
+		if err != nil {
+			return Problems{{Text: fmt.Sprintf("make a certificate for the demo: %v; set %sSTATE to a directory that tlsnat may write to", err, Prefix)}}
+		}
+		c.Certs = store
+		return nil
+	}
+	store, found := certs.Load(c.Settings.Certs, now)
+	for _, p := range found {
+		problems = append(problems, Problem{p.Warning, p.Error()})
+	}
+	c.Certs = store
+	return problems
+}
+
+// onlyDemoTerminates says whether no rule needs a certificate of the operator's.
+func (c *Config) onlyDemoTerminates() bool {
+	return !slices.ContainsFunc(c.Map.Rules, func(r *natmap.Rule) bool { return terminates(r) && r.Action != natmap.Demo })
+}
+
+// terminates says whether clients of the rule see a certificate.
+func terminates(r *natmap.Rule) bool {
+	return (r.Action == natmap.Forward || r.Action == natmap.Demo) && r.Options.Mode == natmap.Terminate
+}
+
+// checkRules looks at what the rules need from elsewhere.
+func (c *Config) checkRules() (problems Problems) {
+	for _, r := range c.Map.Rules {
+		say := func(warning bool, format string, args ...any) {
+			problems = append(problems, Problem{warning, fmt.Sprintf("%s: ", r.Pos) + fmt.Sprintf(format, args...)})
+		}
+		for _, b := range r.Backends {
+			if b.TLS {
+				say(false, "backend %s: TLS to backends is not in this version; write %s for plain TCP", b, strings.TrimPrefix(b.String(), "tls://"))
+			}
+		}
+		if !terminates(r) {
+			continue
+		}
+		name := r.Name
+		if c.Certs == nil {
+			if c.Settings.Certs == "" {
+				say(false, "the rule terminates TLS and needs a certificate; set %sCERTS to the directory that holds it, or write mode=pass", Prefix)
+			}
+			continue
+		}
+		if suffix, ok := strings.CutPrefix(name, "*."); ok {
+			name = "any-name." + suffix
+		}
+		if name != "" && c.Certs.ForName(name) == nil {
+			say(true, "no certificate in %s is for %s, clients that ask for it are refused; put one there, or write mode=pass", c.Settings.Certs, r.Name)
+		}
+		if cert := r.Options.Cert; cert != "" && c.Certs.ForName(cert) == nil {
+			say(false, "cert=%s: no certificate in %s is for this name; write a name that one of them has", cert, c.Settings.Certs)
+		}
+	}
+	return problems
+}
+
+// DemoCertFile is where the demo's certificate is kept.
+func DemoCertFile(s Settings) string { return filepath.Join(s.State, "demo", "self-signed.crt") }

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/record"
+	"github.com/tlsnat/tlsnat/sni"
+)
+
+// conn is one client's connection, from its first byte to its last. Everything about it happens on its loop, so
+// nothing here takes a lock; only while its handshake runs does a goroutine hold its client's descriptor as well,
+// and then the loop does not read from it (see handshake.go).
+type conn struct {
+	loop *loop
+	gen  *generation // what was configured when it was accepted, for its whole life
+	port *portRules  // what its listener serves
+
+	client, backend socket
+	up, down        flow // client to backend, backend to client
+
+	stage     stage
+	busy      bool // in the loop's queue of those that used up their turn
+	counted   bool // among the connections that TLSNAT_MAX_CONNS counts
+	parked    bool // quiet: the key schedules were let go
+	lastWords bool // an alert is on its way to the client: no reset must overtake it
+	skimmed   int32
+
+	timer  timer
+	active int64 // when bytes moved last, in loop nanoseconds
+	end    int64 // when lifetime= is over; 0: never
+
+	pending []byte     // read from the client and not used up: an unfinished header or hello, or what came behind it
+	hello   sni.Parser // how far the ClientHello has been followed
+	terms   *terms
+	hs      *handshaker
+	dial    *dialling
+	route   *route
+	report  report
+}
+
+// socket is one of a conn's two sockets. What epoll said is remembered until a system call says otherwise.
+type socket struct {
+	owner    owner
+	fd       int32  // -1: none
+	gen      uint32 // tells its events from those of an earlier owner of the same number
+	readable bool
+	writable bool
+	hup      bool       // the peer ended its stream: a short read does not mean "drained", the FIN is still to be read
+	exact    bool       // urgent data was seen, which cuts reads short: only EAGAIN means "drained"
+	failed   unix.Errno // the peer reset it, or it timed out; sticky, since the kernel says so only once
+	tls      *session   // nil: the stream is carried as it is
+}
+
+// session is what is left of TLS once the handshake is done: the reading half and the writing half.
+type session struct {
+	reader record.Reader
+	writer record.Writer
+}
+
+// owner is whom a loop tells that a socket has news.
+type owner interface {
+	ready(s *socket, events uint32)
+}
+
+// flow is one direction of a conn: bytes read from one socket, written to the other. While nothing is stuck it owns
+// nothing; memory and pipes are the loop's and are lent while a destination is full.
+type flow struct {
+	out    []byte // for the destination, which would not take it; a piece of lent
+	lent   []byte
+	carry  []byte // ciphertext of half a record, or of records there was no turn left for
+	pipe   *pipe  // holds inPipe bytes for the destination, which would not take them
+	inPipe int
+
+	batch    uint8 // how many records' worth of bytes the next read asks for, less one
+	small    uint8 // how many small records the next bytes are cut into before full ones (see relay_user.go)
+	splice   bool  // the flow streams: bytes go through a pipe
+	ended    bool  // the source's stream is over: FIN, or close_notify
+	reset    bool  // the source's stream was cut: RST
+	notified bool  // a close_notify was sent to the destination
+	closed   bool  // the end was passed on to the destination
+	run      int32 // bytes spliced since the source was drained last
+	at       int64 // when the flow moved last, in loop nanoseconds
+	moved    int64 // bytes, as the application counts them
+}
+
+// stage is what a conn waits for, and which verb goes on when there is news.
+type stage uint8
+
+const (
+	readingProxy stage = iota
+	readingHello
+	matching
+	waitingTurn
+	shakingHands
+	connecting
+	greeting
+	relaying
+	readingRequest
+	lingering
+	resetting
+	over
+)
+
+var stageNames = [...]string{"proxy_header", "hello", "match", "handshake_queue", "handshake", "connect", "proxy_out",
+	"relay", "http_request", "linger", "reset", "over"}
+
+func (s stage) String() string { return stageNames[s] }
+
+// newConn is the first word of a story: a connection was accepted.
+func newConn(l *loop, ln *listener, fd int32, peer netip.AddrPort) *conn {
+	c := &conn{loop: l, gen: ln.gen, port: ln.rules, active: l.now}
+	c.client.fd, c.client.owner = fd, c
+	c.backend.fd, c.backend.owner = -1, c
+	c.client.writable = true // nothing was sent yet
+	c.report = report{id: l.nextID(), accepted: l.now, listen: ln, peer: peer, source: peer}
+	return c
+}
+
+// ready is told by the loop that one of the sockets has news, and goes on with the story.
+func (c *conn) ready(s *socket, events uint32) {
+	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		s.readable = true
+	}
+	if events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		s.hup = true
+	}
+	if events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
+		s.writable = true
+	}
+	s.exact = s.exact || events&unix.EPOLLPRI != 0
+	if events&unix.EPOLLERR != 0 && s.failed == 0 && c.stage != connecting {
+		s.failed = takeError(s.fd) // 0 when a system call has taken it already
+	}
+	c.advance()
+}
+
+// setDeadline makes the conn's timer due in d nanoseconds, but not later than its lifetime ends.
+func (c *conn) setDeadline(d int64) {
+	at := c.loop.now + d
+	if c.end != 0 {
+		at = min(at, c.end)
+	}
+	c.loop.wheel.set(c, at)
+}
+
+// tell remembers what a connection is going to end with; the first word counts.
+func (c *conn) tell(o Outcome, why string) {
+	if c.report.told {
+		return
+	}
+	c.report.told, c.report.outcome, c.report.stage, c.report.err = true, o, c.stage, why
+}
+
+// finish ends the connection: sockets, memory, counters, its line in the log. With it the story is over.
+func (c *conn) finish(o Outcome, why string) stage {
+	c.tell(o, why)
+	l := c.loop
+	l.wheel.clear(c)
+	c.dial = nil
+	l.closeSocket(&c.client)
+	l.closeSocket(&c.backend)
+	c.up.release(l)
+	c.down.release(l)
+	c.pending = nil
+	c.report.up, c.report.down = c.up.moved, c.down.moved
+	delete(l.conns, c)
+	if c.counted {
+		l.gw.open.Add(-1)
+	}
+	l.count(&c.report)
+	l.log(c)
+	c.stage = over
+	return over
+}
+
+// release gives back what the loop lent.
+func (f *flow) release(l *loop) {
+	l.giveBack(f.lent)
+	l.giveBack(f.carry)
+	if f.pipe != nil {
+		f.pipe.discard() // bytes are in it: nobody else may have it
+	}
+	f.out, f.lent, f.carry, f.pipe, f.inPipe = nil, nil, nil, nil, 0
+}

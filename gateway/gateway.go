@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package gateway runs connections from their first byte to their last: it listens, reads the ClientHello, ends TLS or
+// leaves it alone, and carries bytes to a backend.
+//
+//	settings, err := gateway.ReadSettings(os.Environ())
+//	config, problems := gateway.ReadConfig(settings)
+//	g, err := gateway.New(config, os.Stderr)
+//	err = g.Start()
+//	...
+//	g.Drain(ctx)
+//
+// It does not parse arguments, does not print and does not end the process; package main does. The map is package
+// natmap, the ClientHello package sni, records and keys gateway/record, certificates gateway/certs.
+package gateway
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/certs"
+)
+
+// Gateway is a running gateway.
+type Gateway struct {
+	settings Settings
+	started  time.Time
+	log      *zap.Logger
+	lines    *lineBuffer
+	loops    []*loop
+	tickets  ticketKeeper
+	demo     *demo
+
+	generations atomic.Uint64
+	current     atomic.Pointer[generation]
+	open        atomic.Int64 // connections
+	maxConns    int
+	idBase      uint64
+	draining    atomic.Bool
+	complained  atomic.Int64 // when the last complaint was logged, in unix seconds
+
+	stop   context.CancelFunc
+	failed chan error
+	ended  sync.WaitGroup
+}
+
+// New makes a gateway that logs to out. Nothing listens yet.
+func New(c *Config, out io.Writer) (*Gateway, error) {
+	keys, err := certs.NewTickets(nil)
+	if err != nil {
+		return nil, fmt.Errorf("make session ticket keys: %w", err)
+	}
+	g := &Gateway{settings: c.Settings, started: time.Now(), failed: make(chan error, 1), tickets: ticketKeeper{keys: keys}}
+	g.demo = newDemo()
+	g.idBase = newIDBase()
+	g.loops = make([]*loop, c.Settings.Loops)
+	for i := range g.loops {
+		if g.loops[i], err = newLoop(g, i); err != nil {
+			return nil, fmt.Errorf("make an event loop: %w", err)
+		}
+	}
+	g.lines = newLineBuffer(out)
+	g.log = newLogger(&g.settings, g.lines)
+	g.current.Store(g.newGeneration(c))
+	g.maxConns = g.connectionLimit()
+	return g, nil
+}
+
+// newIDBase makes the upper part of connection numbers: different in each run, so that two runs' logs don't mix.
+func newIDBase() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:])
+	return binary.BigEndian.Uint64(b[:]) << 36
+}
+
+// connectionLimit is TLSNAT_MAX_CONNS, or what the limit of open files allows: two descriptors a connection, when
+// listeners, pipes and what else a process has open are taken off.
+func (g *Gateway) connectionLimit() int {
+	if g.settings.MaxConns > 0 {
+		return g.settings.MaxConns
+	}
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 1000
+	}
+	listeners := len(g.current.Load().endpoints())
+	const others = 64 // standard files, log, admin and its clients, name lookups
+	reserved := others + len(g.loops)*(listeners+2*idlePipes+4)
+	return max(1, (int(min(r.Cur, 1<<24))-reserved)/2)
+}
+
+// Start opens every port of the map and begins to accept. If one can't be opened none is, and the error is about all
+// that failed, joined *ListenErrors.
+func (g *Gateway) Start() error {
+	gen := g.current.Load()
+	ctx, cancel := context.WithCancel(context.Background())
+	g.stop = cancel
+	for _, p := range gen.resolve(ctx) {
+		g.log.Warn(p)
+	}
+	if err := g.listen(gen); err != nil {
+		cancel()
+		return err
+	}
+	for _, l := range g.loops {
+		go l.run()
+	}
+	g.ended.Go(func() { g.keepResolving(ctx) })
+	g.ended.Go(g.demo.serve)
+	return nil
+}
+
+// listen opens a listener on each loop for each port. All are probed before the first is opened: later our own
+// sockets would be in the way.
+func (g *Gateway) listen(gen *generation) error {
+	all := gen.endpoints()
+	var errs []error
+	for _, e := range all {
+		errs = append(errs, probePort(e.addr, e.port))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	for _, e := range all {
+		rules := gen.port(e.addr, e.port)
+		for _, l := range g.loops {
+			ln := &listener{loop: l, addr: e.addr, port: e.port, gen: gen, rules: rules, name: listenName(e.addr, e.port)}
+			err := ln.open()
+			if err == nil {
+				err = l.watchListener(ln)
+			}
+			if err != nil {
+				g.closeListeners()
+				return err
+			}
+			l.listeners = append(l.listeners, ln)
+		}
+	}
+	return nil
+}
+
+func (g *Gateway) closeListeners() {
+	for _, l := range g.loops {
+		for _, ln := range l.listeners {
+			_ = unix.Close(int(ln.fd))
+		}
+	}
+}
+
+func (g *Gateway) keepResolving(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(resolveEvery):
+			for _, p := range g.current.Load().resolve(ctx) {
+				g.log.Warn(p)
+			}
+		}
+	}
+}
+
+// Failed delivers the error that ended a loop. It never happens on a healthy kernel.
+func (g *Gateway) Failed() <-chan error { return g.failed }
+
+func (g *Gateway) fail(err error) {
+	g.log.Error("an event loop ended", zap.Error(err))
+	select {
+	case g.failed <- err:
+	default:
+	}
+}
+
+// complain logs a warning, at most one a second: what goes wrong ten thousand times a second is said once.
+func (g *Gateway) complain(what, msg string, err error, where string) {
+	now := time.Now().Unix()
+	if last := g.complained.Load(); last == now || !g.complained.CompareAndSwap(last, now) {
+		return
+	}
+	g.log.Warn(msg, zap.String("failed", what), zap.String("listen", where), zap.Error(err))
+}
+
+// trusts says whether connections from the address begin with a PROXY header that is believed.
+func (g *Gateway) trusts(a netip.Addr) bool {
+	for _, p := range g.settings.ProxyFrom {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// Draining says whether Drain was called: then health checks should fail.
+func (g *Gateway) Draining() bool { return g.draining.Load() }
+
+// Drain ends the gateway gently: new connections are refused, those that are established go on until they end by
+// themselves or ctx is done; then they are cut, with outcome "drained". It returns when everything is closed and
+// logged.
+func (g *Gateway) Drain(ctx context.Context) {
+	if g.draining.Swap(true) {
+		return
+	}
+	g.eachListener((*listener).lastCalls)
+	select {
+	case <-time.After(lastCall):
+	case <-ctx.Done():
+	}
+	for _, l := range g.loops {
+		l.post(func() {
+			for _, ln := range l.listeners {
+				ln.close()
+			}
+			l.stopping = true
+		})
+	}
+	g.finish(ctx)
+}
+
+func (g *Gateway) eachListener(do func(*listener)) {
+	for _, l := range g.loops {
+		l.post(func() {
+			for _, ln := range l.listeners {
+				do(ln)
+			}
+		})
+	}
+}
+
+// How long cut connections may take to end: a handshake that computes is waited for.
+const cutTime = 2 * time.Second
+
+// finish waits for the loops to end, cutting their connections when ctx is done.
+func (g *Gateway) finish(ctx context.Context) {
+	if !g.loopsEnd(ctx.Done()) {
+		for _, l := range g.loops {
+			l.post(func() {
+				for c := range l.conns {
+					c.cut(Drained, "the gateway stops")
+				}
+			})
+		}
+		late := make(chan struct{})
+		time.AfterFunc(cutTime, func() { close(late) })
+		g.loopsEnd(late)
+	}
+	g.stop()
+	g.demo.close()
+	g.ended.Wait()
+	g.lines.close()
+}
+
+func (g *Gateway) loopsEnd(giveUp <-chan struct{}) bool {
+	for _, l := range g.loops {
+		select {
+		case <-l.done:
+		case <-giveUp:
+			return false
+		}
+	}
+	return true
+}

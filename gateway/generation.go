@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// generation is a configuration in the form the loops use. It never changes; a connection keeps the one it was
+// accepted under for its whole life, so another one can take its place at any time.
+type generation struct {
+	number   uint64
+	config   *Config
+	routes   map[*natmap.Rule]*route
+	backends []*backend
+}
+
+// portRules is what a listener serves: the port's part of the map, and the routes behind its rules.
+type portRules struct {
+	rules  *natmap.Port
+	plain  *route // of a port whose bytes are not looked at
+	routes map[*natmap.Rule]*route
+}
+
+func (p *portRules) lookup(name string) *route {
+	rule := p.rules.Lookup(name)
+	if rule == nil {
+		return nil
+	}
+	return p.routes[rule]
+}
+
+func (g *Gateway) newGeneration(c *Config) *generation {
+	gen := &generation{number: g.generations.Add(1), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules))}
+	profiles := map[string]*profile{}
+	for i, rule := range c.Map.Rules {
+		r := &route{rule: rule, index: i, label: fmt.Sprintf("%s:%d", rule.Pos.File, rule.Pos.Line), proxy: rule.Options.Proxy}
+		r.idle = fallback(rule.Options.Idle, g.settings.IdleTimeout)
+		r.connect = fallback(rule.Options.Connect, g.settings.ConnectTimeout)
+		r.linger = fallback(rule.Options.Linger, g.settings.LingerTimeout)
+		r.lifetime = fallback(rule.Options.Lifetime, 0)
+		r.profile = g.profileFor(profiles, rule)
+		gen.addBackends(r)
+		gen.routes[rule] = r
+	}
+	return gen
+}
+
+// forever is a timeout that is off: longer than anything runs, short enough that adding it to a time does not
+// overflow.
+const forever = 100 * 365 * 24 * time.Hour
+
+func fallback(d, setting time.Duration) time.Duration {
+	switch d {
+	case 0:
+		return setting
+	case natmap.Off:
+		return forever
+	}
+	return d
+}
+
+// profileFor is the profile of the rule's TLS options, shared with the other rules that have the same.
+func (g *Gateway) profileFor(made map[string]*profile, rule *natmap.Rule) *profile {
+	minTLS := cmp.Or(rule.Options.MinTLS, g.settings.minTLS())
+	key := fmt.Sprint(minTLS, rule.Options.ALPN)
+	if made[key] == nil {
+		made[key] = newProfile(g, minTLS, rule.Options.ALPN)
+	}
+	return made[key]
+}
+
+func (s *Settings) minTLS() uint16 {
+	if s.MinTLS == "1.3" {
+		return tls.VersionTLS13
+	}
+	return tls.VersionTLS12
+}
+
+// addBackends makes the route's backends and the order of their turns.
+func (gen *generation) addBackends(r *route) {
+	if r.rule.Action == natmap.Demo {
+		r.primary = []*backend{{demo: true}}
+		return
+	}
+	var weights []int
+	for i := range r.rule.Backends {
+		spec := &r.rule.Backends[i]
+		b := &backend{spec: spec}
+		if spec.Addr.IsValid() {
+			b.addrs.Store(&[]netip.Addr{spec.Addr})
+		}
+		gen.backends = append(gen.backends, b)
+		if spec.Backup {
+			r.backup = append(r.backup, b)
+		} else {
+			r.primary = append(r.primary, b)
+			weights = append(weights, spec.Weight)
+		}
+	}
+	r.turns = mixTurns(weights)
+}
+
+// port is what a listener on the address and port serves.
+func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
+	p := gen.config.Map.Port(addr, port)
+	rules := &portRules{rules: p, routes: gen.routes}
+	if p != nil && !p.Sniff() {
+		rules.plain = gen.routes[p.Plain]
+	}
+	return rules
+}
+
+// endpoint is a pair of address and port to listen on; an invalid address is every address.
+type endpoint struct {
+	addr netip.Addr
+	port uint16
+}
+
+// endpoints are all that the map listens on.
+func (gen *generation) endpoints() []endpoint {
+	var all []endpoint
+	seen := map[endpoint]bool{}
+	for _, l := range gen.config.Map.Listens() {
+		for port := int(l.Lo); port <= int(l.Hi); port++ {
+			if e := (endpoint{l.Addr, uint16(port)}); !seen[e] {
+				seen[e] = true
+				all = append(all, e)
+			}
+		}
+	}
+	return all
+}
+
+const (
+	// Names of backends are looked up again this often, outside the loops,
+	resolveEvery = 30 * time.Second
+	// and given up on after this long: the addresses known before stay.
+	resolveTimeout = 5 * time.Second
+)
+
+// resolve looks up the names of the backends, each once however many rules have it.
+func (gen *generation) resolve(ctx context.Context) (problems []string) {
+	byName := map[string][]*backend{}
+	for _, b := range gen.backends {
+		if b.spec.Unix == "" && !b.spec.Addr.IsValid() {
+			byName[b.spec.Host] = append(byName[b.spec.Host], b)
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, 32) // lookups at once
+	for name, backends := range byName {
+		wg.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
+			if err != nil {
+				mu.Lock()
+				problems = append(problems, fmt.Sprintf("look up backend %s: %v", name, err))
+				mu.Unlock()
+				return
+			}
+			for i := range addrs {
+				addrs[i] = addrs[i].Unmap()
+			}
+			slices.SortFunc(addrs, netip.Addr.Compare)
+			for _, b := range backends {
+				b.addrs.Store(&addrs)
+			}
+		})
+	}
+	wg.Wait()
+	slices.Sort(problems)
+	return problems
+}
+
+// ticketKeeper holds the session ticket keys in the form crypto/tls wants: one config, made again when the keys
+// change, shared by all handshakes so that a ticket from one loop is good on another.
+type ticketKeeper struct {
+	keys    *certs.Tickets
+	current atomic.Pointer[ticketConfig]
+}
+
+type ticketConfig struct {
+	config *tls.Config
+	epoch  uint64
+}
+
+func (k *ticketKeeper) config() *tls.Config {
+	now := time.Now()
+	epoch := k.keys.Generation(now)
+	if c := k.current.Load(); c != nil && c.epoch == epoch {
+		return c.config
+	}
+	c := &ticketConfig{&tls.Config{}, epoch}
+	c.config.SetSessionTicketKeys(k.keys.Keys(now))
+	k.current.Store(c)
+	return c.config
+}
+
+// Problem is one complaint about what an operator wrote.
+type Problem struct {
+	Warning bool
+	Text    string // place: what is wrong; what to write instead
+}
+
+func (p Problem) String() string {
+	if p.Warning {
+		return "warning: " + p.Text
+	}
+	return p.Text
+}
+
+// Problems are all complaints, in the order of the files.
+type Problems []Problem
+
+// Errors says whether there is anything that keeps the gateway from running.
+func (ps Problems) Errors() bool {
+	return slices.ContainsFunc(ps, func(p Problem) bool { return !p.Warning })
+}
+
+func (ps Problems) String() string {
+	lines := make([]string, len(ps))
+	for i, p := range ps {
+		lines[i] = p.String()
+	}
+	return strings.Join(lines, "\n")
+}

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/natmap"
+	"github.com/tlsnat/tlsnat/sni"
+)
+
+// helloLimit bounds what is kept of a client before its hello is whole. A hello has 64 KiB at most (package sni); the
+// rest is for the headers of the records that it is cut into.
+const helloLimit = 96 << 10
+
+// Alerts that are sent before there is a TLS connection (RFC 8446, section 6).
+const (
+	alertCloseNotify      = 0
+	alertDecodeError      = 50
+	alertAccessDenied     = 49
+	alertInternalError    = 80
+	alertUnrecognizedName = 112
+)
+
+// readHello gathers the ClientHello. Ports whose bytes are not to be looked at go on at once.
+func (c *conn) readHello() stage {
+	if c.port.plain != nil {
+		c.enter(c.port.plain)
+		return c.act()
+	}
+	for {
+		b, ended, errno := c.gather(helloLimit)
+		if len(b) > 0 {
+			switch err := c.hello.Parse(b, &c.loop.hello); {
+			case err == nil:
+				c.keep(b)
+				return matching
+			case err != sni.ErrMore:
+				return c.notTLS(b, err)
+			case len(b) >= helloLimit:
+				return c.refuse(BadHello, alertDecodeError, fmt.Sprintf("no whole ClientHello in %d bytes", len(b)))
+			}
+			c.keep(b)
+		}
+		if ended {
+			return c.endedEarly(errno)
+		}
+		if !c.client.readable {
+			return readingHello
+		}
+	}
+}
+
+// endedEarly is a client that left before it said what it wants. One that said nothing at all was a probe or a
+// port scan: a load balancer's health check looks like that, and is not an error.
+func (c *conn) endedEarly(errno unix.Errno) stage {
+	switch {
+	case errno != 0:
+		return c.finish(ClientReset, "")
+	case len(c.pending) == 0:
+		c.report.probe = true
+		return c.finish(OK, "")
+	}
+	return c.finish(BadHello, fmt.Sprintf("the client left after %d bytes of its hello", len(c.pending)))
+}
+
+// notTLS answers bytes that are no ClientHello: in plain HTTP if that is what was spoken, else with an alert.
+func (c *conn) notTLS(b []byte, err error) stage {
+	if startsProxyHeader(b) {
+		return c.refuse(BadProxy, alertDecodeError,
+			"a PROXY header from "+c.report.peer.Addr().String()+", which is not in "+Prefix+"PROXY_FROM")
+	}
+	if sni.LooksLikeHTTP(b) {
+		c.tell(BadHello, "plain HTTP on a TLS port")
+		return c.answerAndLinger([]byte(plainHTTPAnswer))
+	}
+	return c.malformed(err)
+}
+
+const plainHTTPBody = "This port speaks TLS, and the request was plain HTTP. Write https:// in its address.\n"
+
+var plainHTTPAnswer = fmt.Sprintf("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n"+
+	"Content-Length: %d\r\nConnection: close\r\n\r\n%s", len(plainHTTPBody), plainHTTPBody)
+
+// match finds the rule for what the hello, which the loop still has, asks for.
+func (c *conn) match() stage {
+	h := &c.loop.hello
+	c.report.helloed(h, c.loop.now)
+	r := c.port.lookup(c.report.sni)
+	if r == nil {
+		return c.refuse(UnknownName, alertUnrecognizedName, unknownName(c.report.sni))
+	}
+	c.enter(r)
+	return c.act()
+}
+
+func unknownName(name string) string {
+	if name == "" {
+		return "the client sent no name, and no rule for this port is without one"
+	}
+	return "no rule for this name and port"
+}
+
+// refuse ends a connection that has no TLS yet: with a fatal alert where TLS was spoken, and by closing otherwise.
+func (c *conn) refuse(o Outcome, alert uint8, why string) stage {
+	c.tell(o, why)
+	if c.route != nil && c.route.rule.Options.Mode == natmap.TCP {
+		abort(&c.client)
+		return c.finish(o, why)
+	}
+	c.report.alertSent = int16(alert)
+	return c.answerAndLinger([]byte{21, 3, 3, 0, 2, 2, alert})
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// listener is one loop's socket for one port. Every loop has its own (SO_REUSEPORT), so the kernel spreads
+// connections over the loops and nothing is shared.
+type listener struct {
+	loop  *loop
+	addr  netip.Addr // not valid: every address, IPv4 and IPv6
+	port  uint16
+	fd    int32
+	gen   *generation
+	rules *portRules // of gen; what new connections get
+	name  string     // ":443", as the log calls it
+
+	backoff time.Duration // how long accepting rests after it failed
+	paused  bool
+	closing bool
+}
+
+const (
+	// Connections that wait to be accepted. The kernel lowers it to net.core.somaxconn.
+	backlog = 4096
+	// When accepting fails it rests, at first for this long,
+	minRest = 5 * time.Millisecond
+	// twice as long each time, at most for this: out of descriptors or memory, the reason won't go away by asking.
+	maxRest = time.Second
+	// AWS's network load balancer forgets a flow after 350 s of silence, most firewalls after longer: idle
+	// connections are kept known to them from well before that.
+	keepaliveIdle     = 120
+	keepaliveInterval = 30
+	keepaliveCount    = 4
+)
+
+// ListenError says which port could not be opened, and what to do.
+type ListenError struct {
+	Addr string
+	Err  error
+}
+
+func (e *ListenError) Error() string {
+	hint := "look at the address in the map"
+	switch {
+	case errors.Is(e.Err, unix.EADDRINUSE):
+		hint = "another program listens there; 'ss -ltnp' shows which: stop it, or use another port in the map"
+	case errors.Is(e.Err, unix.EACCES), errors.Is(e.Err, unix.EPERM):
+		hint = "ports below 1024 need a right: AmbientCapabilities=CAP_NET_BIND_SERVICE in systemd, or the sysctl net.ipv4.ip_unprivileged_port_start"
+	case errors.Is(e.Err, unix.EADDRNOTAVAIL):
+		hint = "this machine does not have the address; write one of its own, or only the port to listen on all of them"
+	case errors.Is(e.Err, unix.EMFILE):
+		hint = "the limit of open files is too low for so many ports; raise LimitNOFILE= or ulimit -n"
+	}
+	return fmt.Sprintf("listen on %s: %v; %s", e.Addr, e.Err, hint)
+}
+
+func (e *ListenError) Unwrap() error { return e.Err }
+
+func listenName(addr netip.Addr, port uint16) string {
+	if !addr.IsValid() {
+		return ":" + strconv.Itoa(int(port))
+	}
+	return net.JoinHostPort(addr.String(), strconv.Itoa(int(port)))
+}
+
+// probePort finds out whether anybody else listens on the port. SO_REUSEPORT would let two gateways of one user share
+// it without a word.
+func probePort(addr netip.Addr, port uint16) error {
+	fd, err := boundSocket(addr, port, false)
+	if err == nil {
+		err = unix.Listen(fd, 1)
+		_ = unix.Close(fd)
+	}
+	if err != nil {
+		return &ListenError{listenName(addr, port), err}
+	}
+	return nil
+}
+
+// open makes the listening socket. What is set here is inherited by every connection that it accepts, which saves
+// those system calls for each.
+func (ln *listener) open() error {
+	fd, err := boundSocket(ln.addr, ln.port, true)
+	if err != nil {
+		return &ListenError{ln.name, err}
+	}
+	for _, o := range [...][3]int{
+		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
+	} {
+		_ = unix.SetsockoptInt(fd, o[0], o[1], o[2]) // a kernel without one of them still works
+	}
+	if err := unix.Listen(fd, backlog); err != nil {
+		_ = unix.Close(fd)
+		return &ListenError{ln.name, err}
+	}
+	ln.fd = int32(fd)
+	return nil
+}
+
+// boundSocket is a socket bound to the address: for all addresses one that takes IPv4 as well as IPv6, or only IPv4
+// where the kernel has no IPv6.
+func boundSocket(addr netip.Addr, port uint16, share bool) (int, error) {
+	if addr.IsValid() {
+		return bind(netip.AddrPortFrom(addr, port), true, share)
+	}
+	fd, err := bind(netip.AddrPortFrom(netip.IPv6Unspecified(), port), false, share)
+	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL) {
+		return bind(netip.AddrPortFrom(netip.IPv4Unspecified(), port), true, share)
+	}
+	return fd, err
+}
+
+func bind(ap netip.AddrPort, only, share bool) (int, error) {
+	sa, family := sockaddrOf(ap)
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if family == unix.AF_INET6 {
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, bit(only))
+	}
+	if share {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
+			_ = unix.Close(fd)
+			return -1, err
+		}
+	}
+	if err := unix.Bind(fd, sa); err != nil {
+		_ = unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+func bit(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func zoneIndex(zone string) uint32 {
+	if zone == "" {
+		return 0
+	}
+	if ifi, err := net.InterfaceByName(zone); err == nil {
+		return uint32(ifi.Index)
+	}
+	n, _ := strconv.Atoi(zone)
+	return uint32(n)
+}
+
+// ready is told that connections wait. One is accepted at a time: the poller tells again while there are more, and a
+// second accept that finds nothing would cost as much as the first.
+func (ln *listener) ready(*socket, uint32) { ln.accept() }
+
+func (ln *listener) accept() bool {
+	l := ln.loop
+	fd, peer, e := l.accept4(ln.fd)
+	switch {
+	case e == 0:
+		ln.backoff = 0
+		l.begin(ln, fd, peer)
+		return true
+	case e == unix.EAGAIN, e == unix.EINTR, e == unix.ECONNABORTED, e == unix.EPROTO:
+		return e != unix.EAGAIN
+	}
+	ln.rest(e)
+	return false
+}
+
+// rest stops accepting for a while after a failure that asking again won't mend (EMFILE, ENFILE, ENOBUFS, ENOMEM).
+// The clients wait in the backlog meanwhile.
+func (ln *listener) rest(e unix.Errno) {
+	l := ln.loop
+	if ln.backoff == 0 {
+		l.gw.complain("accept", "can't accept connections; trying again", e, ln.name)
+	}
+	ln.backoff = min(max(2*ln.backoff, minRest), maxRest)
+	ln.paused = true
+	l.poll.remove(ln.fd)
+	l.counters.acceptRests.Add(1)
+	time.AfterFunc(ln.backoff, func() { l.post(ln.resume) })
+}
+
+func (ln *listener) resume() {
+	if !ln.paused || ln.closing {
+		return
+	}
+	ln.paused = false
+	if err := ln.loop.watchListener(ln); err != nil {
+		ln.rest(unix.ENOMEM)
+	}
+}
+
+// New connections are turned away in three steps, so that nobody who believes to be connected is cut off: first the
+// kernel drops SYNs (a client sends its SYN again later), then whoever is underway gets this long to arrive, then
+// the socket is closed and from there on SYNs are refused.
+const lastCall = 300 * time.Millisecond
+
+// dropSYN is a classic BPF program for a TCP socket: drop segments with SYN set, take the others. The program sees
+// the TCP header; its flags are in byte 13.
+var dropSYN = []unix.SockFilter{
+	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: 13},
+	{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: 0x02, Jt: 0, Jf: 1},
+	{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	{Code: unix.BPF_RET | unix.BPF_K, K: 0xffff},
+}
+
+// lastCalls begins the end of a listener: no new connections from the network, those on their way are welcome.
+func (ln *listener) lastCalls() {
+	_ = unix.SetsockoptSockFprog(int(ln.fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+		&unix.SockFprog{Len: uint16(len(dropSYN)), Filter: &dropSYN[0]})
+}
+
+// close accepts what has arrived and closes the socket.
+func (ln *listener) close() {
+	if ln.closing {
+		return
+	}
+	ln.closing = true
+	for ln.accept() {
+	}
+	ln.loop.unwatchListener(ln)
+	_ = unix.Close(int(ln.fd))
+}

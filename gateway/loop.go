@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/sni"
+)
+
+// loop owns sockets: its listeners and the connections that they accepted. One goroutine runs it; everything else
+// asks it by post. On it nothing blocks and nothing takes a lock, but for the short one of post.
+type loop struct {
+	index int
+	gw    *Gateway
+	poll  *poller
+	wake  waker
+
+	socks     []*socket // by descriptor
+	gens      uint32    // the last generation given to a socket
+	conns     map[*conn]struct{}
+	listeners []*listener
+	wheel     wheel
+	now       int64   // loop nanoseconds: since the gateway's start, read once a round
+	again     []*conn // used up their turn, and go on after the others
+	spare     []*conn // the other half of the double buffer behind again
+
+	scratch []byte       // what a turn reads into and seals in; nothing in it outlives the turn
+	iov     []unix.Iovec // the same for vectors
+	hello   sni.Hello    // of the connection that is being matched
+	lent    lender
+	pipes   pipes
+	queue   turnQueue
+	fields  []zap.Field // of the line that is being logged
+	rounds  []uint32    // per route: how far the round-robin is
+
+	active   atomic.Int32 // handshakes that compute right now
+	inFlight int          // handshakes begun and not finished, those that wait for the client included
+	counters counters
+	accept4  func(fd int32) (int32, netip.AddrPort, unix.Errno)
+	lastID   uint64
+	stopping bool // draining: the loop ends with its last connection
+
+	mu     sync.Mutex
+	posted []func()
+	done   chan struct{}
+}
+
+// scratchSize is room for a turn: so many full records with their headers, explicit nonces and tags, one more for the
+// half record that is left of the turn before.
+const scratchSize = (maxBatch + 1) * slotSize
+
+func newLoop(g *Gateway, index int) (*loop, error) {
+	p, err := newPoller()
+	if err != nil {
+		return nil, err
+	}
+	l := &loop{index: index, gw: g, poll: p, conns: map[*conn]struct{}{}, scratch: make([]byte, scratchSize),
+		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{})}
+	l.tick()
+	l.wheel.done = l.now >> tickShift
+	if err := l.wake.open(l); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// run is the loop: what is ready, what is due, what was posted, who waits for another turn; then look again.
+func (l *loop) run() {
+	defer close(l.done)
+	for !l.finished() {
+		var sleepUntil int64
+		if len(l.again) == 0 {
+			sleepUntil = l.wheel.next()
+		}
+		events, err := l.look(sleepUntil)
+		if err != nil {
+			l.gw.fail(err)
+			return
+		}
+		l.tick()
+		for i := range events {
+			l.dispatch(&events[i])
+		}
+		l.wheel.fire(l.now, (*conn).due)
+		l.runPosted()
+		l.goOn()
+		l.startHandshakes()
+		if l.active.Load() > 0 || len(l.again) > 0 {
+			runtime.Gosched() // handshakes get the P now, not when the monitor notices
+		}
+	}
+	l.closeAll()
+}
+
+func (l *loop) look(sleepUntil int64) ([]unix.EpollEvent, error) {
+	if len(l.again) > 0 {
+		l.poll.n = 0
+		l.poll.look()
+		return l.poll.events[:l.poll.n], l.poll.fault
+	}
+	return l.poll.wait(l.now, sleepUntil)
+}
+
+func (l *loop) tick() { l.now = int64(time.Since(l.gw.started)) }
+
+// dispatch hands an event to the owner of its socket. An event for a socket that was closed in this very round finds
+// another generation under the number, or nobody.
+func (l *loop) dispatch(ev *unix.EpollEvent) {
+	if int(ev.Fd) >= len(l.socks) {
+		return
+	}
+	if s := l.socks[ev.Fd]; s != nil && s.gen == uint32(ev.Pad) {
+		s.owner.ready(s, ev.Events)
+	}
+}
+
+// watch puts a connection's socket under the loop's care.
+func (l *loop) watch(s *socket) error {
+	l.enlist(s)
+	if err := l.poll.add(s.fd, s.gen); err != nil {
+		l.socks[s.fd] = nil
+		return err
+	}
+	return nil
+}
+
+func (l *loop) enlist(s *socket) {
+	for int(s.fd) >= len(l.socks) {
+		l.socks = append(l.socks, make([]*socket, max(64, len(l.socks)))...)
+	}
+	l.gens++
+	s.gen = l.gens
+	l.socks[s.fd] = s
+}
+
+func (l *loop) watchListener(ln *listener) error {
+	s := &socket{fd: ln.fd, owner: ln}
+	l.enlist(s)
+	return l.poll.addLevel(s.fd, s.gen)
+}
+
+func (l *loop) unwatchListener(ln *listener) {
+	l.poll.remove(ln.fd)
+	l.socks[ln.fd] = nil
+}
+
+// closeSocket closes the descriptor, which takes it out of the epoll set as well.
+func (l *loop) closeSocket(s *socket) {
+	if s.fd < 0 {
+		return
+	}
+	if int(s.fd) < len(l.socks) && l.socks[s.fd] == s {
+		l.socks[s.fd] = nil
+	}
+	_ = unix.Close(int(s.fd))
+	if s.tls != nil {
+		s.tls.reader.Wipe()
+		s.tls.writer.Wipe()
+	}
+	s.fd, s.tls = -1, nil
+}
+
+// begin starts the story of an accepted connection.
+func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
+	c := newConn(l, ln, fd, peer)
+	l.conns[c] = struct{}{}
+	l.counters.accepted.Add(1)
+	if l.gw.open.Add(1) > int64(l.gw.maxConns) {
+		l.gw.open.Add(-1)
+		abort(&c.client)
+		c.finish(Limited, Prefix+"MAX_CONNS connections are open")
+		return
+	}
+	c.counted = true
+	c.stage = readingHello
+	if l.gw.trusts(peer.Addr()) {
+		c.stage = readingProxy
+	}
+	if err := l.watch(&c.client); err != nil {
+		c.finish(Internal, err.Error())
+		return
+	}
+	c.setDeadline(int64(l.gw.settings.HelloTimeout))
+	if c.port.plain != nil && c.stage == readingHello {
+		c.advance() // nothing to be read before this one goes on
+	}
+}
+
+// goAgain puts a conn behind the others: its turn is used up, but not what it has to do.
+func (l *loop) goAgain(c *conn) {
+	if !c.busy {
+		c.busy = true
+		l.again = append(l.again, c)
+	}
+}
+
+func (l *loop) goOn() {
+	turn := l.again
+	l.again, l.spare = l.spare[:0], turn
+	for i, c := range turn {
+		turn[i] = nil
+		c.busy = false
+		c.advance()
+	}
+}
+
+// post has f run on the loop. It may be called from anywhere; f runs in its turn.
+func (l *loop) post(f func()) {
+	l.mu.Lock()
+	l.posted = append(l.posted, f)
+	first := len(l.posted) == 1
+	l.mu.Unlock()
+	if first {
+		l.wake.ring()
+	}
+}
+
+func (l *loop) runPosted() {
+	l.mu.Lock()
+	fs := l.posted
+	l.posted = nil
+	l.mu.Unlock()
+	for _, f := range fs {
+		f()
+	}
+}
+
+// nextID numbers connections: the gateway's start in the upper half, so that numbers of two runs differ, the loop and
+// a count in the lower.
+func (l *loop) nextID() uint64 {
+	l.lastID++
+	return l.gw.idBase | (l.lastID*uint64(len(l.gw.loops))+uint64(l.index))&(1<<36-1)
+}
+
+func (l *loop) finished() bool { return l.stopping && len(l.conns) == 0 }
+
+func (l *loop) closeAll() {
+	for _, ln := range l.listeners {
+		ln.close()
+	}
+	l.pipes.close()
+	l.wake.close()
+	l.poll.close()
+}
+
+// waker makes a sleeping loop look at what was posted.
+type waker struct {
+	sock socket
+	mu   sync.Mutex // the loop's end must not close the number under somebody who is about to write to it
+}
+
+func (w *waker) open(l *loop) error {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return err
+	}
+	w.sock = socket{fd: int32(fd), owner: w}
+	return l.watch(&w.sock)
+}
+
+// ring wakes the loop. The counter is never read: edge-triggered, each write is news by itself.
+func (w *waker) ring() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.sock.fd >= 0 {
+		one := [8]byte{1}
+		_, _ = sysWrite(w.sock.fd, one[:])
+	}
+}
+
+func (w *waker) ready(*socket, uint32) {}
+
+func (w *waker) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_ = unix.Close(int(w.sock.fd))
+	w.sock.fd = -1
+}

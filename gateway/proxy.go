@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"net"
+	"net/netip"
+
+	"github.com/pires/go-proxyproto"
+	"github.com/pires/go-proxyproto/tlvparse"
+
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+const (
+	// proxyLimit bounds a PROXY header: version 1 has 107 bytes at most, version 2 16 and a length that the codec
+	// takes up to 4096.
+	proxyLimit = 16 + 4096
+	v1Limit    = 107
+)
+
+var errNotProxy = errors.New("no PROXY header, which is demanded from this address (" + Prefix + "PROXY_FROM)")
+
+// readProxyHeader takes the PROXY header off a connection from a load balancer that is trusted (PROXY protocol,
+// sections 2.1 and 2.2). What follows it stays in pending.
+func (c *conn) readProxyHeader() stage {
+	b, ended, errno := c.gather(proxyLimit + helloLimit)
+	n, err := proxyHeaderLen(b)
+	if err != nil {
+		return c.badProxy(err)
+	}
+	if n == 0 || len(b) < n {
+		c.keep(b)
+		if ended {
+			return c.endedEarly(errno)
+		}
+		return readingProxy
+	}
+	h, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(b[:n]), n))
+	if err != nil {
+		return c.badProxy(err)
+	}
+	c.believe(h)
+	rest := b[n:]
+	c.pending = append([]byte(nil), rest...)
+	return readingHello
+}
+
+// badProxy ends the connection without a word: what speaks no PROXY protocol does not wait for an answer in TLS.
+func (c *conn) badProxy(err error) stage {
+	return c.finish(BadProxy, err.Error())
+}
+
+// believe takes the client's address from the header. A LOCAL header is the load balancer's own health check, which
+// has no client.
+func (c *conn) believe(h *proxyproto.Header) {
+	if h.Command.IsLocal() {
+		c.report.local = true
+		return
+	}
+	if src, dst, ok := h.TCPAddrs(); ok {
+		c.report.source = unmapped(src)
+		c.report.target = unmapped(dst)
+	}
+}
+
+func unmapped(a *net.TCPAddr) netip.AddrPort {
+	ap := a.AddrPort()
+	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+// startsProxyHeader says whether b begins like a PROXY header of either version.
+func startsProxyHeader(b []byte) bool {
+	return bytes.HasPrefix(b, proxyproto.SIGV2[:min(len(b), len(proxyproto.SIGV2))]) && len(b) >= 5 ||
+		bytes.HasPrefix(b, proxyproto.SIGV1)
+}
+
+// proxyHeaderLen is the length of the header at the start of b: 0 as long as that can't be told. It judges the first
+// byte already, so that whoever does not speak the protocol isn't waited for.
+func proxyHeaderLen(b []byte) (int, error) {
+	v1, v2 := proxyproto.SIGV1, proxyproto.SIGV2
+	switch {
+	case bytes.HasPrefix(b, v2):
+		if len(b) < 16 {
+			return 0, nil
+		}
+		n := 16 + int(binary.BigEndian.Uint16(b[14:]))
+		if n > proxyLimit {
+			return 0, fmt.Errorf("PROXY header of %d bytes, more than %d", n, proxyLimit)
+		}
+		return n, nil
+	case bytes.HasPrefix(b, v1):
+		end := bytes.IndexByte(b[:min(len(b), v1Limit)], '\n')
+		if end < 0 && len(b) >= v1Limit {
+			return 0, fmt.Errorf("PROXY header of version 1 without an end in %d bytes", v1Limit)
+		}
+		return end + 1, nil
+	case bytes.HasPrefix(v1, b), bytes.HasPrefix(v2, b):
+		return 0, nil
+	}
+	return 0, errNotProxy
+}
+
+// greet puts the PROXY header for the backend, and what the client has sent already, before everything else that goes
+// there.
+func (c *conn) greet() stage {
+	if h := c.proxyHeader(); h != nil {
+		c.up.hold(c.loop, h)
+	}
+	if len(c.pending) > 0 {
+		c.up.moved += int64(len(c.pending))
+		c.up.hold(c.loop, c.pending)
+		c.pending = nil
+	}
+	c.active = c.loop.now
+	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
+	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))
+	return relaying
+}
+
+// proxyHeader is the header for the backend as the rule wants it, nil for none.
+func (c *conn) proxyHeader() []byte {
+	version := c.route.proxy
+	if c.dial.backend.demo {
+		version = natmap.ProxyV2
+	}
+	if version == natmap.ProxyOff {
+		return nil
+	}
+	src, dst := c.report.source, c.report.target
+	if !dst.IsValid() {
+		dst = localAddr(c.client.fd)
+	}
+	if src.Addr().Is4() != dst.Addr().Is4() { // one family for both: IPv4 as mapped IPv6
+		src, dst = netip.AddrPortFrom(mapped(src.Addr()), src.Port()), netip.AddrPortFrom(mapped(dst.Addr()), dst.Port())
+	}
+	h := proxyproto.HeaderProxyFromAddrs(byte(version), net.TCPAddrFromAddrPort(src), net.TCPAddrFromAddrPort(dst))
+	if c.report.local {
+		h.Command, h.TransportProtocol = proxyproto.LOCAL, proxyproto.UNSPEC
+	}
+	if version == natmap.ProxyV2 {
+		return c.proxyV2(h)
+	}
+	b, err := h.Format()
+	if err != nil {
+		return []byte("PROXY UNKNOWN\r\n")
+	}
+	return b
+}
+
+func mapped(a netip.Addr) netip.Addr { return netip.AddrFrom16(a.As16()) }
+
+// proxyV2 adds what a backend may want to know (PROXY protocol, section 2.2.6) and the checksum over all of it.
+func (c *conn) proxyV2(h *proxyproto.Header) []byte {
+	r := &c.report
+	id := r.idText()
+	tlvs := []proxyproto.TLV{{Type: proxyproto.PP2_TYPE_UNIQUE_ID, Value: []byte(id)}}
+	if r.sni != "" {
+		tlvs = append(tlvs, proxyproto.TLV{Type: proxyproto.PP2_TYPE_AUTHORITY, Value: []byte(r.sni)})
+	}
+	if r.negotiated != "" {
+		tlvs = append(tlvs, proxyproto.TLV{Type: proxyproto.PP2_TYPE_ALPN, Value: []byte(r.negotiated)})
+	}
+	if r.version != 0 {
+		tlvs = append(tlvs, sslTLV(r))
+	}
+	// The checksum is taken over the whole header with zeros in its own place, and it comes last: so it is the last
+	// four bytes.
+	tlvs = append(tlvs, proxyproto.TLV{Type: proxyproto.PP2_TYPE_CRC32C, Value: make([]byte, 4)})
+	if h.SetTLVs(tlvs) != nil {
+		return nil
+	}
+	b, err := h.Format()
+	if err != nil {
+		return nil
+	}
+	binary.BigEndian.PutUint32(b[len(b)-4:], crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	return b
+}
+
+// sslTLV is PP2_TYPE_SSL: the client spoke TLS, this version with this cipher. verify is non-zero as long as no
+// client certificate was verified.
+func sslTLV(r *report) proxyproto.TLV {
+	v := []byte{tlvparse.PP2_BITFIELD_CLIENT_SSL, 0, 0, 0, 1}
+	sub := func(t proxyproto.PP2Type, s string) {
+		v = append(v, byte(t), byte(len(s)>>8), byte(len(s)))
+		v = append(v, s...)
+	}
+	sub(proxyproto.PP2_SUBTYPE_SSL_VERSION, r.versionName())
+	sub(proxyproto.PP2_SUBTYPE_SSL_CIPHER, r.cipherName())
+	return proxyproto.TLV{Type: proxyproto.PP2_TYPE_SSL, Value: v}
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/record"
+)
+
+const (
+	// What one connection may move before the others have their turn. Large enough that a stream is carried in large
+	// pieces, small enough that an echo beside it waits less than a millisecond.
+	turnBytes = 512 << 10
+)
+
+// relay carries bytes both ways until both streams have ended, or one was cut.
+func (c *conn) relay() stage {
+	c.pump(&c.up, &c.client, &c.backend)
+	c.pump(&c.down, &c.backend, &c.client)
+	if c.client.failed != 0 && !c.up.ended {
+		c.pump(&c.up, &c.client, &c.backend) // down has just found out; what the client sent before is delivered
+	}
+	switch {
+	case c.report.told:
+		return c.violated()
+	case c.up.cut(&c.client, &c.backend):
+		return c.startReset(ClientReset, c.client.failed.Error())
+	case c.down.cut(&c.backend, &c.client):
+		return c.startReset(BackendReset, c.backend.failed.Error())
+	case c.up.closed && c.down.closed:
+		return c.finish(OK, "")
+	}
+	if c.up.ended && c.client.readable {
+		// What a client sends behind its close_notify is ignored (RFC 8446, section 6.1). It is read all the same:
+		// that is how its FIN and its reset are seen, and closing does not answer unread bytes with a reset.
+		c.skim(&c.client)
+	}
+	return relaying
+}
+
+// cut says whether the source was reset and everything it had sent before is passed on.
+func (f *flow) cut(from, to *socket) bool {
+	return f.reset && (!f.stuck() || to.failed != 0) || f.ended && from.failed != 0 && !f.stuck()
+}
+
+// stuck says whether the destination has yet to take bytes that were read already.
+func (f *flow) stuck() bool { return len(f.out) > 0 || f.inPipe > 0 }
+
+// pump moves what can be moved in one direction. It stops when the source has no more, when the destination is full
+// (back-pressure: then the source is not read, and its sender waits), or when the turn is used up.
+func (c *conn) pump(f *flow, from, to *socket) {
+	for turn := turnBytes; ; {
+		if to.failed != 0 {
+			f.dropAll(c.loop, from)
+			return
+		}
+		if f.stuck() && !c.flush(f, to) {
+			return
+		}
+		if f.ended {
+			c.passEnd(f, to)
+			return
+		}
+		if from.failed != 0 {
+			from.readable = true // what came before the reset is still there
+		}
+		if !from.readable && !c.wholeRecordWaits(f, from) {
+			return
+		}
+		if turn <= 0 {
+			c.loop.goAgain(c)
+			return
+		}
+		n := c.move(f, from, to)
+		if n > 0 {
+			c.touch()
+		}
+		turn -= max(n, 1)
+	}
+}
+
+// move carries bytes once, in the way that suits the two halves. It returns how many it read. It takes note of the
+// end of the source, of a source that is drained, and of a destination that is full.
+func (c *conn) move(f *flow, from, to *socket) int {
+	switch {
+	case from.tls != nil:
+		return c.open(f, from, to)
+	case to.tls != nil:
+		return c.seal(f, from, to)
+	case f.splice:
+		return c.spliceOver(f, from, to)
+	}
+	return c.copyOver(f, from, to)
+}
+
+// touch remembers that something moved. The timer follows when it fires.
+func (c *conn) touch() {
+	c.active = c.loop.now
+	if c.parked {
+		c.parked = false
+		c.setDeadline(int64(parkAfter))
+	}
+}
+
+// wholeRecordWaits says whether the source left a record behind that can be opened without reading more: what came
+// in the same segment as the client's Finished.
+func (c *conn) wholeRecordWaits(f *flow, from *socket) bool {
+	return len(f.carry) > 0 && from.tls != nil && from.tls.reader.Need(f.carry) <= len(f.carry)
+}
+
+// flush writes what the destination would not take before. It says whether nothing is left.
+func (c *conn) flush(f *flow, to *socket) bool {
+	if !to.writable {
+		return false
+	}
+	if f.inPipe > 0 {
+		return c.drainPipe(f, to)
+	}
+	n := c.write(to, f.out)
+	if n > 0 {
+		c.touch()
+	}
+	f.out = f.out[n:]
+	if len(f.out) > 0 {
+		return false
+	}
+	c.loop.giveBack(f.lent)
+	f.out, f.lent = nil, nil
+	return true
+}
+
+// write sends what the socket takes of b, and takes note of a full or a broken one. It returns how many bytes went.
+func (c *conn) write(s *socket, b []byte) int {
+	n, e := sysWrite(s.fd, b)
+	return s.wrote(n, len(b), e)
+}
+
+// wrote is what a writing call said: n bytes of want, or an error.
+func (s *socket) wrote(n, want int, e unix.Errno) int {
+	switch {
+	case e == unix.EAGAIN:
+		s.writable = false
+		return 0
+	case e != 0:
+		s.failed = e
+		return 0
+	}
+	if n < want {
+		s.writable = false // edge-triggered: room will be news
+	}
+	return n
+}
+
+// got is what a reading call said: n bytes into room for want, or an error. It returns n, and 0 when there's nothing
+// to go on with.
+func (f *flow) got(s *socket, n, want int, e unix.Errno) int {
+	switch {
+	case e == unix.EAGAIN:
+		s.readable = false
+		return 0
+	case e != 0:
+		s.failed = e
+		f.ended, f.reset, s.readable = true, true, false
+		return 0
+	case n == 0:
+		f.ended, f.reset, s.readable = true, s.failed != 0, false
+		return 0
+	}
+	// A short read means that the socket is drained: no second call to hear EAGAIN. Not so when a FIN waits behind
+	// the bytes, or urgent data cuts reads short.
+	if n < want && !s.hup && !s.exact {
+		s.readable = false
+	}
+	return n
+}
+
+// hold keeps b, which the destination would not take, in memory lent by the loop. b may lie in the loop's scratch.
+func (f *flow) hold(l *loop, b []byte) {
+	if len(b) == 0 {
+		return
+	}
+	if cap(f.lent)-len(f.lent) < len(b) || len(f.out) == 0 {
+		bigger := append(l.lend(len(f.out)+len(b)), f.out...)
+		l.giveBack(f.lent)
+		f.lent, f.out = bigger, bigger
+	}
+	start := len(f.lent) - len(f.out)
+	f.lent = append(f.lent, b...)
+	f.out = f.lent[start:]
+}
+
+// dropAll forgets what nobody is there to take any more. The source is not read on; its own end is noticed.
+func (f *flow) dropAll(l *loop, from *socket) {
+	f.release(l)
+	if from.failed != 0 {
+		f.ended, f.reset = true, true
+	}
+}
+
+// passEnd passes the end of the source on: FIN as FIN, behind a close_notify where the destination speaks TLS. A
+// reset is passed on by the caller, who ends both directions.
+func (c *conn) passEnd(f *flow, to *socket) {
+	if f.closed || f.reset {
+		return
+	}
+	if to.tls != nil && !f.notified {
+		f.notified = true
+		c.send(f, to, to.tls.writer.AppendAlert(nil, record.AlertCloseNotify))
+		if f.stuck() {
+			return // the FIN follows once the close_notify has gone
+		}
+	}
+	f.closed = true
+	_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
+	c.setDeadline(int64(c.route.linger))
+}
+
+// send writes b behind what is on its way to the socket already, and keeps what it would not take.
+func (c *conn) send(f *flow, to *socket, b []byte) {
+	if !f.stuck() {
+		b = b[c.write(to, b):]
+	}
+	f.hold(c.loop, b)
+}
+
+// sayGoodbye ends both streams in order, as far as the sockets take it.
+func (c *conn) sayGoodbye() {
+	for _, d := range [...]struct {
+		f *flow
+		s *socket
+	}{{&c.up, &c.backend}, {&c.down, &c.client}} {
+		if d.s.tls != nil && !d.f.closed {
+			c.write(d.s, d.s.tls.writer.AppendAlert(nil, record.AlertCloseNotify))
+		}
+		_ = unix.Shutdown(int(d.s.fd), unix.SHUT_WR)
+	}
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import "golang.org/x/sys/unix"
+
+const (
+	// A flow is copied while its messages are small: one read and one write, where splice needs three calls. A read
+	// that fills this much means that it streams, and from there on it's spliced,
+	copySize = 16 << 10
+	// until the source is drained with less than this since it was drained before.
+	spliceWorth = 64 << 10
+	// A call asks for this much at first, and for up to a whole pipe while the destination takes it: what it does not
+	// take stays in the pipe, and a thousand slow readers must not hold a thousand megabytes.
+	spliceStep = pipeSize / maxBatch
+)
+
+// copyOver carries a small message: read(2) into the loop's memory, write(2) out of it.
+func (c *conn) copyOver(f *flow, from, to *socket) int {
+	buf := c.loop.scratch[:copySize]
+	n, e := sysRead(from.fd, buf)
+	if n = f.got(from, n, len(buf), e); n == 0 {
+		return 0
+	}
+	f.moved += int64(n)
+	f.splice = n == len(buf)
+	c.send(f, to, buf[:n])
+	return n
+}
+
+// spliceOver carries a stream without a copy:
+//
+//	splice(source -> pipe), splice(pipe -> destination), ... until the source says EAGAIN
+//
+// The pipe is the loop's, and is empty when it is borrowed: so EAGAIN means that the source has nothing. It stays
+// with the flow only while the destination does not take what is in it.
+func (c *conn) spliceOver(f *flow, from, to *socket) int {
+	p := c.loop.pipes.borrow()
+	if p == nil {
+		f.splice = false // out of descriptors: copying needs none
+		return c.copyOver(f, from, to)
+	}
+	want := (int(f.batch) + 1) * spliceStep
+	n, e := sysSplice(from.fd, p.w, want)
+	if n = f.got(from, n, n, e); n == 0 {
+		c.loop.pipes.giveBack(p)
+		f.splice = f.run >= spliceWorth
+		f.run = 0
+		return 0
+	}
+	c.loop.counters.spliced.Add(uint64(n))
+	c.report.spliced = true
+	f.moved += int64(n)
+	f.run = int32(min(int(f.run)+n, spliceWorth))
+	f.pipe, f.inPipe = p, n
+	c.drainPipe(f, to)
+	f.adapt(n == want)
+	return n
+}
+
+// drainPipe moves what is in the flow's pipe to the destination. It says whether the pipe is empty, which is then
+// given back.
+func (c *conn) drainPipe(f *flow, to *socket) bool {
+	for f.inPipe > 0 {
+		n, e := sysSplice(f.pipe.r, to.fd, f.inPipe)
+		if e == unix.EAGAIN || e != 0 {
+			to.wrote(0, f.inPipe, e)
+			return false
+		}
+		f.inPipe -= n
+		c.touch()
+	}
+	c.loop.pipes.giveBack(f.pipe)
+	f.pipe = nil
+	return true
+}

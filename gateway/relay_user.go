@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"errors"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/record"
+)
+
+const (
+	// maxPlain is the most a record carries (RFC 8446, section 5.1).
+	maxPlain = 16384
+	// slotSize is a full record on the wire, at its largest: header, explicit nonce, payload, padding that a peer
+	// may add, type and tag.
+	slotSize = 5 + maxPlain + 256
+
+	// A stream is carried so many records a call. One call a record spends as much in the kernel as in AES; with
+	// 16 the calls hardly count any more, and 16 records still lie in a core's second-level cache.
+	maxBatch = 16
+
+	// Full records only once a flow streams: a receiver can't open half a record, and the first flight of a fresh or
+	// idle connection is ten segments. So it begins with ten records of a segment each:
+	smallRecord = 1460 - 12 - 5 - 8 - 17 // MSS on Ethernet less TCP timestamps, header, explicit nonce, type and tag
+	smallFlight = 10
+	freshAfter  = int64(time.Second)
+
+	// Data of a record that is shorter than this is moved up to the data of the one before it, instead of being a
+	// vector of its own: many small records would make more vectors than a call takes.
+	worthVector = 1024
+	maxVectors  = scratchSize/worthVector + 1
+
+	// A connection that was quiet for as long gives up its key schedules, which are most of its memory; to set them
+	// up again takes less than a microsecond.
+	parkAfter = 2 * time.Second
+)
+
+// seal carries bytes from a plain source to a destination that speaks TLS:
+//
+//	readv(source -> slots with room for header and tag), seal in place, write(all records)
+func (c *conn) seal(f *flow, from, to *socket) int {
+	l, w := c.loop, &to.tls.writer
+	if w.UpdateDue() { // RFC 8446, section 5.5
+		c.send(f, to, w.AppendKeyUpdate(nil, false))
+	}
+	size, slots := f.recordSize(l.now)
+	pre := w.Prefix()
+	stride := pre + size + w.Suffix()
+	n, e := l.readSlots(from.fd, pre, size, stride, slots)
+	n = f.got(from, n, slots*size, e)
+	if n == 0 {
+		return 0
+	}
+	end := 0
+	for left := n; left > 0; left -= size {
+		end += w.Seal(l.scratch[end:], min(left, size))
+	}
+	f.moved += int64(n)
+	f.at = l.now
+	if f.small > 0 {
+		f.small -= uint8(min((n+size-1)/size, int(f.small)))
+	}
+	c.send(f, to, l.scratch[:end])
+	if size == maxPlain {
+		f.adapt(n == slots*size)
+	}
+	return n
+}
+
+// recordSize says how large the next records are, and how many a call may bring.
+func (f *flow) recordSize(now int64) (size, slots int) {
+	if now-f.at > freshAfter {
+		f.small, f.batch = smallFlight, 0
+	}
+	if f.small > 0 {
+		return smallRecord, int(f.small)
+	}
+	return maxPlain, int(f.batch) + 1
+}
+
+// adapt asks for more the next time if a read was filled, and for less if the destination is stuck or the source
+// has little: what a destination does not take has to be kept.
+func (f *flow) adapt(filled bool) {
+	switch {
+	case filled && !f.stuck():
+		f.batch = min(2*f.batch+1, maxBatch-1)
+	case f.batch > 0:
+		f.batch /= 2
+	}
+}
+
+// readSlots reads into the payloads of so many records, laid out one behind the other in the loop's memory.
+func (l *loop) readSlots(fd int32, pre, size, stride, slots int) (int, unix.Errno) {
+	if slots == 1 {
+		return sysRead(fd, l.scratch[pre:pre+size])
+	}
+	iov := l.iov[:slots]
+	for i := range iov {
+		iov[i].Base = &l.scratch[i*stride+pre]
+		iov[i].SetLen(size)
+	}
+	return sysReadv(fd, iov)
+}
+
+// open carries bytes from a source that speaks TLS to a plain destination:
+//
+//	read(source -> as many records as are there), open in place, writev(their data)
+//
+// Half a record at the end stays with the flow.
+func (c *conn) open(f *flow, from, to *socket) int {
+	l := c.loop
+	have := copy(l.scratch, f.carry)
+	n, want := 0, 0
+	if from.readable {
+		want = min((int(f.batch)+1)*slotSize, len(l.scratch)-have)
+		m, e := sysRead(from.fd, l.scratch[have:have+want])
+		n = f.got(from, m, want, e)
+	}
+	b := l.scratch[:have+n]
+	used := c.openAll(f, from, to, b)
+	f.keepCarry(l, b[used:])
+	f.adapt(n == want && n > 0)
+	if f.ended && len(f.carry) > 0 && !f.reset {
+		c.violation(from, &record.Error{Alert: record.AlertDecodeError, Reason: "the stream ended inside a record"})
+	}
+	return used
+}
+
+// openAll opens the records of b and sends their data on, with one call. It returns how many bytes of b are done with.
+func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
+	var (
+		r     = &from.tls.reader
+		iov   = c.loop.iov[:0]
+		last  []byte // the last vector
+		total int
+		used  int
+	)
+	for {
+		rec, n, err := r.Next(b[used:])
+		if err != nil {
+			c.violation(from, err)
+			used = len(b)
+			break
+		}
+		if n == 0 {
+			break
+		}
+		used += n
+		if rec.Kind != record.Data {
+			if c.heed(f, from, rec) {
+				used = len(b)
+				break
+			}
+			continue
+		}
+		total += len(rec.Data)
+		if len(last) > 0 && len(rec.Data) < worthVector && cap(last)-len(last) >= len(rec.Data) {
+			last = append(last, rec.Data...)
+			iov[len(iov)-1].SetLen(len(last))
+		} else if len(rec.Data) > 0 {
+			last = rec.Data
+			iov = append(iov, unix.Iovec{Base: &last[0]})
+			iov[len(iov)-1].SetLen(len(last))
+		}
+	}
+	f.moved += int64(total)
+	c.sendVectors(f, to, iov, total)
+	return used
+}
+
+// sendVectors writes the data of several records, and keeps what the destination would not take.
+func (c *conn) sendVectors(f *flow, to *socket, iov []unix.Iovec, total int) {
+	if total == 0 {
+		return
+	}
+	sent := 0
+	if !f.stuck() {
+		var e unix.Errno
+		if len(iov) == 1 {
+			sent, e = sysWrite(to.fd, vector(&iov[0]))
+		} else {
+			sent, e = sysWritev(to.fd, iov)
+		}
+		sent = to.wrote(sent, total, e)
+	}
+	if sent == total || to.failed != 0 {
+		return
+	}
+	for i := range iov {
+		v := vector(&iov[i])
+		skip := min(sent, len(v))
+		sent -= skip
+		f.hold(c.loop, v[skip:])
+	}
+}
+
+func vector(v *unix.Iovec) []byte { return unsafe.Slice(v.Base, int(v.Len)) }
+
+// keepCarry keeps half a record for the next read.
+func (f *flow) keepCarry(l *loop, rest []byte) {
+	if len(rest) > cap(f.carry) || len(rest) == 0 {
+		l.giveBack(f.carry)
+		f.carry = nil
+		if len(rest) == 0 {
+			return
+		}
+		f.carry = l.lend(len(rest))
+	}
+	f.carry = append(f.carry[:0], rest...)
+}
+
+// heed does what a record that is no data asks for. It says whether nothing after it counts any more.
+func (c *conn) heed(f *flow, from *socket, rec record.Record) bool {
+	switch rec.Kind {
+	case record.CloseNotify:
+		f.ended = true
+		return true
+	case record.AlertReceived:
+		c.report.alertReceived = int16(rec.Alert)
+		c.tell(TLSError, "the client sent the alert "+rec.Alert.String())
+		f.ended = true
+		return true
+	case record.KeyUpdateRequested: // RFC 8446, section 4.6.3: ours goes out before any more data
+		c.send(c.other(f), from, from.tls.writer.AppendKeyUpdate(nil, false))
+	}
+	return false
+}
+
+func (c *conn) other(f *flow) *flow {
+	if f == &c.up {
+		return &c.down
+	}
+	return &c.up
+}
+
+// violation answers a breach of the record protocol with its alert. What came before it is delivered; then the other
+// side is reset, so that it does not take what it has for the whole.
+func (c *conn) violation(from *socket, err error) {
+	if c.report.told {
+		return
+	}
+	c.tell(TLSError, err.Error())
+	if e, ok := errors.AsType[*record.Error](err); ok {
+		c.report.alertSent = int16(e.Alert)
+		c.send(&c.down, from, from.tls.writer.AppendAlert(nil, e.Alert))
+	}
+}
+
+// violated ends a connection whose client broke the protocol, or gave up with an alert of its own.
+func (c *conn) violated() stage {
+	c.lastWords = true
+	_ = unix.Shutdown(int(c.client.fd), unix.SHUT_WR)
+	return c.startReset(TLSError, "")
+}
+
+// park lets the key schedules go.
+func (c *conn) park() {
+	if c.client.tls != nil && !c.parked {
+		c.parked = true
+		c.client.tls.reader.Park()
+		c.client.tls.writer.Park()
+	}
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"crypto/tls"
+	"encoding/hex"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/tlsnat/tlsnat/gateway/record"
+	"github.com/tlsnat/tlsnat/natmap"
+	"github.com/tlsnat/tlsnat/sni"
+)
+
+// report is what is known of a connection. It becomes its line in the log and its part of the counters.
+type report struct {
+	id       uint64
+	accepted int64 // loop nanoseconds
+	listen   *listener
+	peer     netip.AddrPort // of the socket
+	source   netip.AddrPort // the client: the peer, or what a PROXY header says
+	target   netip.AddrPort // where the client wanted to go, if a PROXY header says so
+
+	route      *route
+	sni        string
+	offered    string // the first protocol of the client's ALPN
+	negotiated string // what was agreed on
+	ja4        [36]byte
+	version    uint16
+	cipher     uint16
+	group      tls.CurveID
+	resumed    bool
+	local      bool // a load balancer's own connection (PROXY LOCAL)
+	probe      bool // came and left without a byte
+	spliced    bool
+
+	shaken        int64 // when the handshake was done, in loop nanoseconds
+	helloDone     int64
+	connectTime   int64
+	backend       string
+	up, down      int64
+	told          bool
+	outcome       Outcome
+	stage         stage
+	alertSent     int16 // -1: none
+	alertReceived int16
+	err           string
+}
+
+// helloed takes what a ClientHello says.
+func (r *report) helloed(h *sni.Hello, now int64) {
+	r.helloDone = now
+	r.sni = strings.ToLower(h.ServerName)
+	if len(h.ALPN) > 0 {
+		r.offered = h.ALPN[0]
+	}
+	copy(r.ja4[:], h.AppendJA4(r.ja4[:0]))
+}
+
+// shookHands takes what was agreed on.
+func (r *report) shookHands(s *tls.ConnectionState, now int64) {
+	r.shaken = now
+	r.version, r.cipher, r.group, r.resumed, r.negotiated = s.Version, s.CipherSuite, s.CurveID, s.DidResume, s.NegotiatedProtocol
+}
+
+func (r *report) idText() string {
+	b := [8]byte{}
+	for i := range b {
+		b[i] = byte(r.id >> (56 - 8*i))
+	}
+	return hex.EncodeToString(b[:])
+}
+
+// versionName is the protocol as the PROXY protocol and OpenSSL write it.
+func (r *report) versionName() string {
+	return strings.ReplaceAll(tls.VersionName(r.version), " ", "v")
+}
+
+// cipherName is the suite's name in the IANA registry.
+func (r *report) cipherName() string { return tls.CipherSuiteName(r.cipher) }
+
+// path says how the bytes moved.
+func (r *report) path() string {
+	switch {
+	case r.version != 0:
+		return "user"
+	case r.spliced:
+		return "splice"
+	}
+	return "copy"
+}
+
+// level is info for what ends well or is the client's affair, warn for what an operator should look at.
+func (r *report) level() zapcore.Level {
+	switch {
+	case r.probe || r.local:
+		return zapcore.DebugLevel
+	case r.outcome == Internal:
+		return zapcore.ErrorLevel
+	case r.outcome == NoBackend, r.outcome == ConnectFailed, r.outcome == Limited:
+		return zapcore.WarnLevel
+	}
+	return zapcore.InfoLevel
+}
+
+// fields are the line's, those that have something to say.
+func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
+	ms := func(d int64) float64 { return float64(d/int64(time.Microsecond)) / 1000 }
+	text := func(key, value string) {
+		if value != "" {
+			dst = append(dst, zap.String(key, value))
+		}
+	}
+	dst = append(dst, zap.String("id", r.idText()), zap.String("outcome", r.outcome.String()),
+		zap.String("listen", r.listen.name), zap.String("client", r.source.String()), zap.String("peer", r.peer.String()))
+	text("sni", r.sni)
+	if r.version != 0 {
+		text("alpn", r.negotiated)
+	} else {
+		text("alpn", r.offered) // nothing was agreed on here: pass, or it never came to that
+	}
+	if r.version != 0 {
+		dst = append(dst, zap.String("tls", strings.TrimPrefix(tls.VersionName(r.version), "TLS ")), zap.String("cipher", r.cipherName()))
+		text("group", groupName(r.group))
+		dst = append(dst, zap.Bool("resumed", r.resumed))
+	}
+	if r.ja4[0] != 0 {
+		text("ja4", string(r.ja4[:]))
+	}
+	if r.route != nil {
+		text("rule", r.route.label)
+		text("mode", r.route.modeName())
+	}
+	text("backend", r.backend)
+	dst = append(dst, zap.Int64("bytes_up", r.up), zap.Int64("bytes_down", r.down))
+	if r.shaken != 0 {
+		dst = append(dst, zap.Float64("handshake_ms", ms(r.shaken-r.helloDone)))
+	}
+	if r.backend != "" {
+		dst = append(dst, zap.Float64("connect_ms", ms(r.connectTime)))
+	}
+	dst = append(dst, zap.Float64("duration_ms", ms(now-r.accepted)))
+	if r.backend != "" {
+		text("path", r.path())
+	}
+	if r.outcome != OK {
+		text("stage", r.stage.String())
+	}
+	if r.alertSent > 0 {
+		text("alert", record.Alert(r.alertSent).String())
+	}
+	if r.alertReceived > 0 {
+		text("alert_received", record.Alert(r.alertReceived).String())
+	}
+	text("error", r.err)
+	return dst
+}
+
+func groupName(g tls.CurveID) string {
+	switch g {
+	case 0:
+		return ""
+	case tls.CurveP256:
+		return "P-256"
+	}
+	return g.String()
+}
+
+func (r *route) modeName() string {
+	switch r.rule.Action {
+	case natmap.Redirect:
+		return "redirect"
+	case natmap.Reject:
+		return "reject"
+	}
+	return r.rule.Options.Mode.String()
+}
+
+// log writes the line.
+func (l *loop) log(c *conn) {
+	r := &c.report
+	if entry := l.gw.log.Check(r.level(), "connection"); entry != nil {
+		l.fields = r.fields(l.now, l.fields[:0])
+		entry.Write(l.fields...)
+	}
+}
+
+// counters are a loop's. They are read from elsewhere, and summed.
+type counters struct {
+	accepted, probes, bytesUp, bytesDown, spliced   atomic.Uint64
+	acceptRests, handshakes, resumptions, userBytes atomic.Uint64
+	outcomes                                        [outcomes]atomic.Uint64
+}
+
+func (l *loop) count(r *report) {
+	n := &l.counters
+	n.outcomes[r.outcome].Add(1)
+	n.bytesUp.Add(uint64(r.up))
+	n.bytesDown.Add(uint64(r.down))
+	if r.probe {
+		n.probes.Add(1)
+	}
+	if r.shaken != 0 {
+		n.handshakes.Add(1)
+	}
+	if r.resumed {
+		n.resumptions.Add(1)
+	}
+}

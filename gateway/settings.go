@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/caarlos0/env/v11"
+)
+
+// Prefix is what the name of every setting begins with in the environment.
+const Prefix = "TLSNAT_"
+
+// Settings is everything an operator sets outside the map. The doc tags are the manual: `tlsnat env` and the table
+// in the README are made from them.
+type Settings struct {
+	Map     string `env:"MAP" doc:"The rules themselves, separated by newlines or ';'."`
+	MapFile string `env:"MAP_FILE" doc:"A file with rules, or a directory whose *.natmap files are read in name order."`
+	Certs   string `env:"CERTS" doc:"Directory with certificates and keys in PEM; which names are served is what the certificates say."`
+	State   string `env:"STATE" doc:"Directory for what tlsnat makes itself (the demo's certificate). Default: $STATE_DIRECTORY, else tlsnat in the user's cache directory."`
+
+	Admin      string `env:"ADMIN" envDefault:"127.0.0.1:9180" doc:"Address of the admin page, health checks and metrics; 'off' for none. Off loopback it demands ADMIN_TOKEN."`
+	AdminToken string `env:"ADMIN_TOKEN" doc:"Bearer token that the admin address demands (not for /healthz and /readyz)." secret:"yes"`
+	LogLevel   string `env:"LOG_LEVEL" envDefault:"info" doc:"debug, info (a line for each connection), warn or error."`
+	LogFormat  string `env:"LOG_FORMAT" envDefault:"json" doc:"json or console."`
+
+	Loops      int            `env:"LOOPS" doc:"Event loops. Default: as many as the process may use CPUs."`
+	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files allows."`
+	Handshakes int            `env:"HANDSHAKES" envDefault:"1024" doc:"TLS handshakes at once that wait for the client's next message. As many hellos again wait for their turn; beyond that the oldest is shed."`
+	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
+	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken: 1.2 or 1.3."`
+
+	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"From accept until the ClientHello is there (a PROXY header included), and again until the handshake is done."`
+	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"To reach a backend, all that are tried together."`
+	IdleTimeout    time.Duration `env:"IDLE_TIMEOUT" envDefault:"15m" doc:"A connection on which nothing moves for as long is ended."`
+	LingerTimeout  time.Duration `env:"LINGER_TIMEOUT" envDefault:"1m" doc:"The same once one side has ended its stream and the other has not: silence for as long ends it."`
+	DrainTimeout   time.Duration `env:"DRAIN_TIMEOUT" envDefault:"30s" doc:"After SIGTERM: connections that are still open then are cut."`
+}
+
+// SettingError is one complaint about one setting.
+type SettingError struct {
+	Key   string // with its prefix
+	Value string // as given; empty for secrets
+	Msg   string // what is wrong; what to write instead
+}
+
+func (e *SettingError) Error() string {
+	if e.Value == "" {
+		return e.Key + ": " + e.Msg
+	}
+	return fmt.Sprintf("%s=%s: %s", e.Key, e.Value, e.Msg)
+}
+
+// SettingDoc describes one setting.
+type SettingDoc struct{ Name, Type, Default, Doc string }
+
+// SettingDocs lists every setting in the order of the struct.
+func SettingDocs() []SettingDoc {
+	var docs []SettingDoc
+	for f := range fields() {
+		docs = append(docs, SettingDoc{Prefix + f.Tag.Get("env"), typeWord(f.Type), f.Tag.Get("envDefault"), f.Tag.Get("doc")})
+	}
+	return docs
+}
+
+func fields() func(yield func(reflect.StructField) bool) {
+	return func(yield func(reflect.StructField) bool) {
+		t := reflect.TypeFor[Settings]()
+		for i := range t.NumField() {
+			if !yield(t.Field(i)) {
+				return
+			}
+		}
+	}
+}
+
+// typeWord is what an operator calls the type.
+func typeWord(t reflect.Type) string {
+	switch t {
+	case reflect.TypeFor[time.Duration]():
+		return "duration"
+	case reflect.TypeFor[[]netip.Prefix]():
+		return "CIDRs"
+	case reflect.TypeFor[int]():
+		return "number"
+	}
+	return "text"
+}
+
+// ReadSettings reads the settings from environ (KEY=VALUE, as os.Environ gives it). All complaints come at once,
+// joined; each is a *SettingError.
+func ReadSettings(environ []string) (Settings, error) {
+	var s Settings
+	vars, problems := ours(environ)
+	err := env.ParseWithOptions(&s, env.Options{
+		Prefix:      Prefix,
+		Environment: vars,
+		FuncMap: map[reflect.Type]env.ParserFunc{
+			reflect.TypeFor[netip.Prefix](): parsePrefix,
+		},
+	})
+	problems = append(problems, parseComplaints(err, vars)...)
+	if err == nil {
+		problems = append(problems, s.check()...)
+	}
+	return s, errors.Join(problems...)
+}
+
+// ours picks the variables with our prefix and complains about those that no setting has: a typing slip must not
+// pass silently. The other variables are kept, so that the defaults can look at STATE_DIRECTORY.
+func ours(environ []string) (map[string]string, []error) {
+	var known []string
+	for f := range fields() {
+		known = append(known, Prefix+f.Tag.Get("env"))
+	}
+	vars := map[string]string{}
+	var problems []error
+	for _, kv := range environ {
+		key, value, _ := strings.Cut(kv, "=")
+		if !strings.HasPrefix(key, Prefix) {
+			continue
+		}
+		if !slices.Contains(known, key) {
+			problems = append(problems, &SettingError{Key: key, Msg: "there is no such setting; " + suggestion(key, known)})
+			continue
+		}
+		if value != "" {
+			vars[key] = value
+		}
+	}
+	return vars, problems
+}
+
+// parseComplaints turns what the env package says into our words.
+func parseComplaints(err error, vars map[string]string) []error {
+	if err == nil {
+		return nil
+	}
+	var all env.AggregateError
+	if !errors.As(err, &all) {
+		return []error{err}
+	}
+	var problems []error
+	for _, e := range all.Errors {
+		var pe env.ParseError
+		if !errors.As(e, &pe) {
+			problems = append(problems, e)
+			continue
+		}
+		f, _ := reflect.TypeFor[Settings]().FieldByName(pe.Name)
+		key := Prefix + f.Tag.Get("env")
+		problems = append(problems, &SettingError{key, vars[key], expected(f.Type)})
+	}
+	return problems
+}
+
+func expected(t reflect.Type) string {
+	switch typeWord(t) {
+	case "duration":
+		return "not a duration; write a number with a unit, such as 500ms, 10s or 15m"
+	case "CIDRs":
+		return "not a list of addresses; write addresses or CIDRs separated by commas, such as 10.0.0.0/8,2001:db8::7"
+	case "number":
+		return "not a number; write digits only"
+	}
+	return "can't be read"
+}
+
+func parsePrefix(s string) (any, error) {
+	s = strings.TrimSpace(s)
+	if addr, err := netip.ParseAddr(s); err == nil {
+		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	return p.Masked(), err
+}
+
+// check looks at what each value means and fills in the defaults that depend on the machine.
+func (s *Settings) check() []error {
+	var problems []error
+	bad := func(key, value, msg string) {
+		problems = append(problems, &SettingError{Prefix + key, value, msg})
+	}
+	oneOf := func(key, value string, words ...string) {
+		if !slices.Contains(words, value) {
+			bad(key, value, "write "+strings.Join(words[:len(words)-1], ", ")+" or "+words[len(words)-1])
+		}
+	}
+	oneOf("LOG_LEVEL", s.LogLevel, "debug", "info", "warn", "error")
+	oneOf("LOG_FORMAT", s.LogFormat, "json", "console")
+	oneOf("MIN_TLS", s.MinTLS, "1.2", "1.3")
+	for key, d := range map[string]time.Duration{"HELLO_TIMEOUT": s.HelloTimeout, "CONNECT_TIMEOUT": s.ConnectTimeout,
+		"IDLE_TIMEOUT": s.IdleTimeout, "LINGER_TIMEOUT": s.LingerTimeout} {
+		if d <= 0 {
+			bad(key, d.String(), "a timeout has to be longer than nothing; to make it not matter write a long one, such as 24h")
+		}
+	}
+	if s.DrainTimeout < 0 {
+		bad("DRAIN_TIMEOUT", s.DrainTimeout.String(), "can't be negative; 0s cuts at once")
+	}
+	if s.Loops < 0 || s.Loops > 1024 {
+		bad("LOOPS", fmt.Sprint(s.Loops), "write a number from 1 to 1024, or leave it out for one loop per CPU")
+	}
+	if s.MaxConns < 0 {
+		bad("MAX_CONNS", fmt.Sprint(s.MaxConns), "can't be negative; leave it out for what the limit of open files allows")
+	}
+	if s.Handshakes < 1 {
+		bad("HANDSHAKES", fmt.Sprint(s.Handshakes), "at least 1 handshake has to be possible at once")
+	}
+	problems = append(problems, s.checkAdmin()...)
+	if s.Loops == 0 {
+		s.Loops = runtime.GOMAXPROCS(0)
+	}
+	if s.State == "" {
+		s.State = defaultState()
+	}
+	return problems
+}
+
+func (s *Settings) checkAdmin() []error {
+	if s.Admin == "off" {
+		return nil
+	}
+	ap, err := netip.ParseAddrPort(s.Admin)
+	if err != nil {
+		return []error{&SettingError{Prefix + "ADMIN", s.Admin, "not an address with a port; write 127.0.0.1:9180, [::1]:9180, or off"}}
+	}
+	if !ap.Addr().IsLoopback() && s.AdminToken == "" {
+		return []error{&SettingError{Prefix + "ADMIN", s.Admin, "is not a loopback address, and then " + Prefix + "ADMIN_TOKEN has to be set"}}
+	}
+	return nil
+}
+
+// defaultState is where systemd's StateDirectory= points, or a directory of the user's.
+func defaultState() string {
+	if d := os.Getenv("STATE_DIRECTORY"); d != "" {
+		return d
+	}
+	if d, err := os.UserCacheDir(); err == nil {
+		return filepath.Join(d, "tlsnat")
+	}
+	return filepath.Join(os.TempDir(), fmt.Sprintf("tlsnat-%d", os.Getuid()))
+}
+
+// suggestion names the nearest known word, or says where to find them all.
+func suggestion(word string, known []string) string {
+	best, distance := "", 4 // further than three slips away is another word
+	for _, k := range known {
+		if d := slips(word, k); d < distance {
+			best, distance = k, d
+		}
+	}
+	if best == "" {
+		return "'tlsnat env' lists them all"
+	}
+	return "did you mean " + best + "?"
+}
+
+// slips is the Levenshtein distance of two short words.
+func slips(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := 1
+			if a[i] == b[j] {
+				cost = 0
+			}
+			diagonal, row[j+1] = row[j+1], min(row[j+1]+1, row[j]+1, diagonal+cost)
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/natmap"
+	"github.com/tlsnat/tlsnat/sni"
+)
+
+// story is a connection's life in the order it happens, a verb for each stage. A verb does what it can without
+// waiting and says which stage comes next; its own stage again means "not yet: call me when there is news".
+//
+//	accept                      listener.go
+//	→ the PROXY header          proxy.go       where the peer is a load balancer that we trust
+//	→ the ClientHello           hello.go       gathered on the loop: no goroutine yet
+//	→ the rule                  hello.go
+//	→ [terminate: handshake]    handshake.go   a goroutine of crypto/tls, bounded in number; then the keys are ours
+//	→ the backend               dial.go        the next one if one does not answer
+//	→ the PROXY header to it    proxy.go
+//	→ relay, half-close         relay.go
+//	→ one outcome, one line     report.go
+func (c *conn) story() stage {
+	switch c.stage {
+	case readingProxy:
+		return c.readProxyHeader()
+	case readingHello:
+		return c.readHello()
+	case matching:
+		return c.match()
+	case waitingTurn: // the queue moves it on: startHandshakes
+		return waitingTurn
+	case shakingHands: // the handshake moves it on: handshaker.done
+		return c.nudgeHandshake()
+	case connecting:
+		return c.connect()
+	case greeting:
+		return c.greet()
+	case relaying:
+		return c.relay()
+	case readingRequest:
+		return c.readRequest()
+	case lingering:
+		return c.linger()
+	case resetting:
+		return c.resetWhenDelivered()
+	}
+	return over
+}
+
+// advance goes on with the story until it has to wait. A fault of ours ends this connection, and no other.
+func (c *conn) advance() {
+	defer func() {
+		if p := recover(); p != nil {
+			c.crashed(p)
+		}
+	}()
+	for {
+		next := c.story()
+		if next == c.stage {
+			return
+		}
+		c.stage = next
+	}
+}
+
+func (c *conn) crashed(p any) {
+	c.loop.gw.log.Error("a fault of tlsnat's; please report it", zap.Any("panic", p), zap.Stack("stack"),
+		zap.String("id", c.report.idText()), zap.String("stage", c.stage.String()))
+	if c.stage == over || c.stage == shakingHands {
+		return
+	}
+	abort(&c.client)
+	abort(&c.backend)
+	c.report.told = false
+	c.finish(Internal, fmt.Sprint("panic: ", p))
+}
+
+// due is called when the conn's deadline has come.
+func (c *conn) due() {
+	l := c.loop
+	switch {
+	case c.end != 0 && l.now >= c.end && c.stage < lingering:
+		c.cut(Lifetime, "the rule's lifetime= is over")
+	case c.stage <= readingHello, c.stage == readingRequest:
+		c.finish(HelloTimeout, fmt.Sprintf("only %d bytes of it came within %sHELLO_TIMEOUT", len(c.pending), Prefix))
+	case c.stage == waitingTurn:
+		l.queue.remove(c)
+		c.finish(Limited, "waited too long for its turn to shake hands")
+	case c.stage == shakingHands:
+		c.giveUpHandshake("the client did not answer within TLSNAT_HELLO_TIMEOUT")
+	case c.stage == connecting:
+		c.stage = c.nextBackend("no answer in time")
+		c.advance()
+	case c.stage == greeting, c.stage == relaying:
+		c.idle()
+	case c.stage == resetting:
+		c.advance()
+	case c.stage == lingering:
+		c.finish(OK, "")
+	}
+}
+
+// idle ends a connection on which nothing has moved for too long, or waits for the rest of that time. On the way there
+// it is parked.
+func (c *conn) idle() {
+	quiet, limit := c.loop.now-c.active, c.silence()
+	switch {
+	case quiet >= limit:
+		c.cut(Idle, "nothing moved for "+time.Duration(limit).String())
+	case quiet >= int64(parkAfter):
+		c.park()
+		c.setDeadline(limit - quiet)
+	default:
+		c.setDeadline(min(int64(parkAfter), limit) - quiet)
+	}
+}
+
+// silence is how long nothing may move, in nanoseconds: shorter once one side has ended its stream.
+func (c *conn) silence() int64 {
+	if c.up.ended || c.down.ended {
+		return int64(c.route.linger)
+	}
+	return int64(c.route.idle)
+}
+
+// cut ends a living connection from our side. Where it was quiet and everything is delivered both sides see an
+// ordinary end; in the middle of things they see a reset, so that half an answer isn't taken for a whole one.
+func (c *conn) cut(o Outcome, why string) {
+	if c.stage == shakingHands {
+		c.giveUpHandshake(why)
+		c.tell(o, why)
+		return
+	}
+	if c.stage == waitingTurn {
+		c.loop.queue.remove(c)
+	}
+	quiet := c.loop.now-c.active > int64(time.Second) && !c.up.stuck() && !c.down.stuck()
+	if c.stage == relaying && quiet {
+		c.sayGoodbye()
+	} else {
+		abort(&c.client)
+		abort(&c.backend)
+	}
+	c.finish(o, why)
+}
+
+// gather reads what the client has sent and puts it behind c.pending. It says what was read in all, and whether the
+// client's stream has ended. Nothing is kept for a client that sends all at once: b is then the loop's memory, and
+// the caller keeps what it needs (see keep).
+func (c *conn) gather(limit int) (b []byte, ended bool, errno unix.Errno) {
+	s := &c.client
+	into := c.loop.scratch[:limit]
+	if len(c.pending) > 0 {
+		into = grown(&c.pending, limit)
+	}
+	if !s.readable || len(into) == 0 {
+		return c.pending, false, 0
+	}
+	n, e := sysRead(s.fd, into)
+	switch {
+	case e == unix.EAGAIN:
+		s.readable = false
+		return c.pending, false, 0
+	case e != 0:
+		s.failed = e
+		return c.pending, true, e
+	case n == 0:
+		s.readable = false
+		return c.pending, true, 0
+	}
+	s.readable = n == len(into) || s.hup || s.exact
+	if len(c.pending) > 0 {
+		c.pending = c.pending[:len(c.pending)+n]
+		return c.pending, false, 0
+	}
+	return into[:n], false, 0
+}
+
+// grown makes room in *p for more, twice as much each time but never for more than limit in all, and returns the room.
+// What a length field claims is not believed: memory grows with what has arrived.
+func grown(p *[]byte, limit int) []byte {
+	b := *p
+	if len(b) == cap(b) {
+		bigger := make([]byte, len(b), min(max(2*cap(b), 512), max(limit, len(b))))
+		copy(bigger, b)
+		*p, b = bigger, bigger
+	}
+	return b[len(b):cap(b)]
+}
+
+// keep holds on to b, which gather returned, until more arrives.
+func (c *conn) keep(b []byte) {
+	if len(c.pending) == 0 && len(b) > 0 {
+		c.pending = append(make([]byte, 0, (len(b)+127)&^127), b...)
+	}
+}
+
+// enter sets what a rule says, once it is known which one it is.
+func (c *conn) enter(r *route) {
+	c.route, c.report.route = r, r
+	if r.lifetime > 0 {
+		c.end = c.report.accepted + int64(r.lifetime)
+	}
+}
+
+// act goes the way that the rule's action and mode name.
+func (c *conn) act() stage {
+	switch rule := c.route.rule; {
+	case rule.Action == natmap.Redirect:
+		return readingRequest
+	case rule.Action == natmap.Reject:
+		return c.refuse(Denied, alertAccessDenied, "a rule says reject")
+	case rule.Options.Mode == natmap.Terminate:
+		return c.queueHandshake()
+	}
+	return c.startConnect()
+}
+
+// malformed is what an error of the hello parser means for the connection.
+func (c *conn) malformed(err error) stage {
+	alert := uint8(alertDecodeError)
+	if e, ok := errors.AsType[*sni.Error](err); ok {
+		alert = e.Alert
+	}
+	return c.refuse(BadHello, alert, err.Error())
+}
