@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bench
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strconv"
+	"testing"
+	"time"
+)
+
+// BenchmarkHandshake is a connection from SYN to FIN, sixteen clients at once: TCP, a handshake, 256 bytes there and back.
+func BenchmarkHandshake(b *testing.B) {
+	for _, c := range []struct {
+		name   string
+		door   door
+		resume bool
+		change func(*tls.Config)
+	}{
+		{name: "ecdsa", door: ecdsaDoor},
+		{name: "rsa", door: rsaDoor},
+		{name: "mlkem", door: ecdsaDoor, change: func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.X25519MLKEM768} }},
+		{name: "tls12", door: ecdsaDoor, change: speak12},
+		{name: "resumed", door: ecdsaDoor, resume: true},
+	} {
+		inTurns(b, work{name: c.name, door: c.door}, func(b *testing.B, g *gateway) {
+			w := g.way(c.door)
+			if w.tls != nil && c.change != nil {
+				c.change(w.tls)
+			}
+			if w.tls != nil && c.resume {
+				w.tls.ClientSessionCache = new(firstTicket)
+			}
+			if _, _, err := w.visit(); err != nil {
+				if refused, ok := errors.AsType[*net.OpError](err); ok && refused.Op == "remote error" && c.name == "mlkem" {
+					b.Skipf("%s has no X25519MLKEM768: %v", g.peer.name, err)
+				}
+				g.fatal(b, err)
+			}
+			benchVisits(b, g, w, c.resume && w.tls != nil)
+		})
+	}
+}
+
+// speak12 offers P-256 beside X25519: in TLS 1.2 the groups are also those of the certificate's key (RFC 8422 section 5.1).
+func speak12(c *tls.Config) {
+	c.MinVersion, c.MaxVersion = tls.VersionTLS12, tls.VersionTLS12
+	c.CurvePreferences = []tls.CurveID{tls.X25519, tls.CurveP256}
+}
+
+func benchVisits(b *testing.B, g *gateway, w way, resumed bool) {
+	times := 16
+	if short {
+		times = 2
+	}
+	took := make([]time.Duration, 16*times)
+	sum := g.measure(b, func(sum *bill) error {
+		err := together(16, func(client int) error {
+			for i := client * times; i < (client+1)*times; i++ {
+				r, t, err := w.visit()
+				if err == nil && r != resumed {
+					err = fmt.Errorf("session resumed: %v, should be %v", r, resumed)
+				}
+				if err != nil {
+					return err
+				}
+				took[i] = t
+			}
+			return nil
+		})
+		sum.add(took)
+		return err
+	})
+	g.reportPerOp(b, sum)
+	sum.reportLatency(b)
+}
+
+// BenchmarkEcho is a message there and back on 64 open connections, each sending as soon as it has its answer.
+func BenchmarkEcho(b *testing.B) {
+	for _, size := range []struct {
+		name  string
+		bytes int
+	}{{"256B", 256}, {"4KiB", 4096}} {
+		inTurns(b, work{name: size.name, door: ecdsaDoor}, func(b *testing.B, g *gateway) {
+			benchEcho(b, g, ecdsaDoor, 0, 64, size.bytes)
+		})
+	}
+}
+
+// BenchmarkCrowd is the same echo with more connections around: 64 busy ones among 2,000 idle ones, and 4,000 that are all busy.
+func BenchmarkCrowd(b *testing.B) {
+	inTurns(b, work{name: "64of2064", door: ecdsaDoor}, func(b *testing.B, g *gateway) {
+		benchEcho(b, g, ecdsaDoor, here.crowd(2000), 64, 256)
+	})
+	inTurns(b, work{name: "4000", door: ecdsaDoor}, func(b *testing.B, g *gateway) {
+		benchEcho(b, g, ecdsaDoor, 0, here.crowd(4000), 256)
+	})
+}
+
+func benchEcho(b *testing.B, g *gateway, d door, idle, busy, size int) {
+	all := gatherFor(b, g, d, idle+busy)
+	times := max(1, 4096/busy)
+	if short {
+		times = max(1, 512/busy)
+	}
+	sum := g.measure(b, func(sum *bill) error {
+		took, err := all[idle:].echo(size, times)
+		sum.add(took)
+		return err
+	})
+	g.reportPerOp(b, sum)
+	sum.reportLatency(b)
+}
+
+func gatherFor(b *testing.B, g *gateway, d door, n int) crowd {
+	b.Helper()
+	c, err := crowd(nil).gather(n, g.way(d))
+	b.Cleanup(func() { c.close() })
+	if err != nil {
+		g.fatal(b, err)
+	}
+	return c
+}
+
+// BenchmarkBulk moves payload over four connections: from the backend to the clients, from the clients to the backend, and both at once.
+func BenchmarkBulk(b *testing.B) {
+	for _, c := range []struct {
+		name     string
+		down, up int
+	}{{"down", 1, 0}, {"up", 0, 1}, {"both", 1, 1}} {
+		inTurns(b, work{name: c.name, door: ecdsaDoor, bulk: true}, func(b *testing.B, g *gateway) {
+			benchBulk(b, g, ecdsaDoor, c.down, c.up)
+		})
+	}
+}
+
+func benchBulk(b *testing.B, g *gateway, d door, down, up int) {
+	const streams = 4
+	size := 32 << 20
+	if short {
+		size = 2 << 20
+	}
+	c := make(crowd, streams)
+	b.Cleanup(c.close)
+	for i := range c {
+		var err error
+		if c[i], err = g.way(d).dial(); err != nil {
+			g.fatal(b, err)
+		}
+	}
+	sum := g.measure(b, func(sum *bill) error {
+		sum.units += streams * (down + up) * size
+		return c.bulk(down*size, up*size)
+	})
+	g.reportPerGiB(b, sum)
+}
+
+// BenchmarkPassthrough is bulk and echo where the gateway decrypts nothing: routed on the server name (pass), or by port alone (tcp).
+func BenchmarkPassthrough(b *testing.B) {
+	for _, d := range []door{passDoor, tcpDoor} {
+		inTurns(b, work{name: string(d) + "-down", door: d, bulk: true}, func(b *testing.B, g *gateway) { benchBulk(b, g, d, 1, 0) })
+		inTurns(b, work{name: string(d) + "-up", door: d, bulk: true}, func(b *testing.B, g *gateway) { benchBulk(b, g, d, 0, 1) })
+		inTurns(b, work{name: string(d) + "-echo", door: d}, func(b *testing.B, g *gateway) { benchEcho(b, g, d, 0, 64, 256) })
+	}
+}
+
+// BenchmarkIdle keeps connections that do nothing: what each adds to memory and descriptors, and the CPU time it takes to have it for a second. The
+// base is the gateway after 64 visits, with nobody connected.
+func BenchmarkIdle(b *testing.B) {
+	for _, p := range peers {
+		if p.missing != nil || p == direct {
+			continue
+		}
+		b.Run("peer="+p.name, func(b *testing.B) {
+			g := p.openFor(b, false)
+			base := g.weigh(b, 64)
+			var c crowd
+			b.Cleanup(func() { c.close() })
+			for _, n := range []int{1000, 4000, 8000} {
+				var err error
+				if c, err = c.gather(here.crowd(n), g.way(ecdsaDoor)); err != nil {
+					g.fatal(b, err)
+				}
+				b.Run(strconv.Itoa(n), func(b *testing.B) { g.benchStill(b, base, len(c)) })
+			}
+		})
+	}
+}
+
+// BenchmarkHalfHello is the cost of 4,000 clients that have sent half a ClientHello and wait; cpu-ns/op is for accepting one and reading that half.
+func BenchmarkHalfHello(b *testing.B) {
+	for _, p := range peers {
+		if p.missing != nil || p == direct {
+			continue
+		}
+		b.Run("peer="+p.name+"/4000", func(b *testing.B) {
+			g := p.openFor(b, false)
+			base, n := g.weigh(b, 64), here.crowd(4000)
+			c := make(crowd, n)
+			b.Cleanup(c.close)
+			cpu := g.cpuNow(b)
+			for i := range c {
+				var err error
+				if c[i], err = net.DialTimeout("tcp", g.at[ecdsaDoor], patience); err != nil {
+					g.fatal(b, err)
+				}
+				if _, err := c[i].Write(preparedHello[:len(preparedHello)/2]); err != nil {
+					g.fatal(b, err)
+				}
+			}
+			time.Sleep(200 * time.Millisecond) // the last of them may still be in the backlog
+			cpu = g.cpuNow(b) - cpu
+			g.benchStill(b, base, n)
+			b.ReportMetric(float64(cpu)/float64(n), "cpu-ns/op")
+			for i := range c {
+				if closed(c[i]) {
+					b.Fatalf("%s has closed connection %d, which was to be counted", p.name, i)
+				}
+			}
+		})
+	}
+}
+
+// closed tells whether the other side has ended a connection on which it has nothing to say.
+func closed(c net.Conn) bool {
+	c.SetReadDeadline(time.Now().Add(-1))
+	_, err := c.Read(make([]byte, 1))
+	return errors.Is(err, io.EOF)
+}
+
+// weight is what a gateway holds at a moment.
+type weight struct {
+	pss int64
+	fds int
+}
+
+func (g *gateway) weigh(b *testing.B, visits int) weight {
+	b.Helper()
+	for range visits {
+		if _, _, err := g.way(ecdsaDoor).visit(); err != nil {
+			g.fatal(b, err)
+		}
+	}
+	var w weight
+	var err error
+	if w.pss, err = g.settledPSS(); err != nil {
+		b.Fatal(err)
+	}
+	if w.fds, err = g.fds(); err != nil {
+		b.Fatal(err)
+	}
+	return w
+}
+
+// benchStill measures a gateway that n connections do not bother.
+func (g *gateway) benchStill(b *testing.B, base weight, n int) {
+	now := g.weigh(b, 0)
+	sum := g.measure(b, func(*bill) error {
+		time.Sleep(100 * time.Millisecond)
+		return nil
+	})
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(float64(sum.cpu)/float64(n)/sum.wall.Seconds(), "cpu-ns/conn/s")
+	b.ReportMetric(float64(now.pss), "pss-B")
+	b.ReportMetric(float64(now.pss-base.pss)/float64(n), "pss-B/conn")
+	b.ReportMetric(float64(now.fds-base.fds)/float64(n), "fds/conn")
+}
+
+// BenchmarkLatency is how long 1,000 small echoes a second on 64 open connections take while the gateway has other things to do: nothing, four bulk
+// streams, new clients at half the rate that would fill its core, and at twice that rate.
+func BenchmarkLatency(b *testing.B) {
+	for _, c := range []struct {
+		name string
+		load float64
+		bulk bool
+	}{{name: "quiet"}, {name: "bulk", bulk: true}, {name: "half", load: 0.5}, {name: "twice", load: 2}} {
+		inTurns(b, work{name: c.name, door: ecdsaDoor}, func(b *testing.B, g *gateway) {
+			if c.load > 0 && g.peer == direct {
+				b.Skip("direct: no gateway to shake hands with")
+			}
+			all := gatherFor(b, g, ecdsaDoor, 64)
+			beside := errand{Do: "stream", Addr: g.at[ecdsaDoor], TLS: g.peer != direct, Count: 4}
+			if c.load > 0 {
+				beside = errand{Do: "knock", Addr: g.at[ecdsaDoor], Rate: c.load * g.capacity(b)}
+			}
+			if c.bulk || c.load > 0 {
+				h := sendFor(b, beside)
+				b.Cleanup(func() {
+					if offered, err := strconv.ParseFloat(h.recall(), 64); err == nil {
+						b.ReportMetric(offered, "offered/s")
+					}
+				})
+			}
+			benchPaced(b, g, all)
+		})
+	}
+}
+
+func sendFor(b *testing.B, e errand) *helper {
+	h, _, err := e.send(b.TempDir())
+	if err != nil {
+		b.Fatal(err)
+	}
+	return h
+}
+
+func benchPaced(b *testing.B, g *gateway, all crowd) {
+	const times, period = 4, 64 * time.Millisecond
+	sum := g.measure(b, func(sum *bill) error {
+		took, err := all.echoPaced(256, times, period)
+		sum.add(took)
+		return err
+	})
+	b.ReportMetric(0, "ns/op") // the pace is ours
+	sum.reportLatency(b)
+}
+
+// capacity is how many knocks a second would fill the gateway's core, from what one costs it.
+func (g *gateway) capacity(b *testing.B) float64 {
+	times := 32
+	if short {
+		times = 4
+	}
+	round := func() {
+		err := together(16, func(int) error {
+			for range times {
+				welcome, err := knock(g.at[ecdsaDoor])
+				if err == nil && !welcome {
+					err = errors.New("the gateway does not answer a ClientHello")
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			g.fatal(b, err)
+		}
+	}
+	round()
+	cpu := g.cpuNow(b)
+	round()
+	round()
+	cpu = g.cpuNow(b) - cpu
+	return float64(2*16*times) / cpu.Seconds()
+}
