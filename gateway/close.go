@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"math"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -75,19 +76,22 @@ const deliveryCheck = 10 * time.Millisecond
 // came before.
 func (c *conn) startReset(o Outcome, why string) stage {
 	c.tell(o, why)
-	c.setDeadline(int64(c.route.linger))
-	c.end = c.loop.now + int64(c.route.linger)
+	c.undelivered = math.MaxInt
 	return resetting
 }
 
+// resetWhenDelivered waits for as long as something moves, and for the linger timeout when nothing does.
 func (c *conn) resetWhenDelivered() stage {
-	left := 0
-	for _, s := range [...]*socket{&c.client, &c.backend} {
-		if s.fd >= 0 && s.failed == 0 {
-			left += unsent(s.fd)
-		}
+	up, down := c.deliver(&c.up, &c.backend), c.deliver(&c.down, &c.client)
+	if up == 0 {
+		abort(&c.backend)
+		c.loop.closeSocket(&c.backend)
 	}
-	if left > 0 && c.loop.now < c.end {
+	if up+down < c.undelivered {
+		c.undelivered = up + down
+		c.end = c.loop.now + int64(c.route.linger)
+	}
+	if up+down > 0 && c.loop.now < c.end {
 		c.loop.wheel.set(c, c.loop.now+int64(deliveryCheck))
 		return resetting
 	}
@@ -97,4 +101,20 @@ func (c *conn) resetWhenDelivered() stage {
 		abort(&c.client)
 	}
 	return c.finish(OK, "")
+}
+
+// deliver writes what the flow still has, and says how many bytes its destination has not acknowledged. Behind last
+// words the stream ends in order.
+func (c *conn) deliver(f *flow, to *socket) int {
+	if to.fd < 0 || to.failed != 0 || f.stuck() && !c.flush(f, to) && to.failed != 0 {
+		return 0
+	}
+	if f.stuck() {
+		return len(f.out) + f.inPipe + unsent(to.fd)
+	}
+	if c.lastWords && f == &c.down && !f.closed {
+		f.closed = true
+		_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
+	}
+	return unsent(to.fd)
 }

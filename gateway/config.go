@@ -5,6 +5,7 @@ package gateway
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -153,6 +154,21 @@ func (c *Config) readCerts() (problems Problems) {
 	return problems
 }
 
+// Certificate is the one for the name that a client asked for. A client that sent no name gets the one that the rule
+// names (cert=), else one for the address it connected to, else the only one there is. It is nil if none is for it.
+func (c *Config) Certificate(r *natmap.Rule, name string, local func() netip.Addr) *certs.Entry {
+	if name == "" {
+		name = r.Options.Cert
+	}
+	if name != "" {
+		return c.Certs.ForName(name)
+	}
+	if e := c.Certs.ForAddr(local()); e != nil {
+		return e
+	}
+	return c.Certs.Only()
+}
+
 // onlyDemoTerminates says whether no rule needs a certificate of the operator's.
 func (c *Config) onlyDemoTerminates() bool {
 	return !slices.ContainsFunc(c.Map.Rules, func(r *natmap.Rule) bool { return terminates(r) && r.Action != natmap.Demo })
@@ -188,13 +204,32 @@ func (c *Config) checkRules() (problems Problems) {
 			name = "any-name." + suffix
 		}
 		if name != "" && c.Certs.ForName(name) == nil {
-			say(true, "no certificate in %s is for %s, clients that ask for it are refused; put one there, or write mode=pass", c.Settings.Certs, r.Name)
+			say(true, "%s, clients that ask for it are refused; %s", c.noneIsFor(r.Name), c.remedy(r))
 		}
 		if cert := r.Options.Cert; cert != "" && c.Certs.ForName(cert) == nil {
-			say(false, "cert=%s: no certificate in %s is for this name; write a name that one of them has", cert, c.Settings.Certs)
+			say(false, "cert=%s: %s; write a name that one of them has", cert, c.noneIsFor(cert))
 		}
 	}
 	return problems
+}
+
+// noneIsFor says that a name has no certificate.
+func (c *Config) noneIsFor(name string) string {
+	if c.Settings.Certs == "" {
+		return "the demo's certificate is for this machine, not for " + name
+	}
+	return "no certificate in " + c.Settings.Certs + " is for " + name
+}
+
+// remedy is what to do about a name without a certificate.
+func (c *Config) remedy(r *natmap.Rule) string {
+	switch {
+	case c.Settings.Certs == "":
+		return "set " + Prefix + "CERTS to a directory that holds one"
+	case r.Action == natmap.Demo:
+		return "put one there"
+	}
+	return "put one there, or write mode=pass"
 }
 
 // DemoCertFile is where the demo's certificate is kept.

@@ -23,11 +23,13 @@ type conn struct {
 	up, down        flow // client to backend, backend to client
 
 	stage     stage
-	busy      bool // in the loop's queue of those that used up their turn
+	busy      bool // in the loop's queue of those that go on later
 	counted   bool // among the connections that TLSNAT_MAX_CONNS counts
 	parked    bool // quiet: the key schedules were let go
 	lastWords bool // an alert is on its way to the client: no reset must overtake it
 	skimmed   int32
+
+	undelivered int // bytes that were on their way when a reset was about to be carried over
 
 	timer  timer
 	active int64 // when bytes moved last, in loop nanoseconds
@@ -59,6 +61,7 @@ type socket struct {
 type session struct {
 	reader record.Reader
 	writer record.Writer
+	asked  bool // for new keys by the peer, and not answered yet
 }
 
 // owner is whom a loop tells that a socket has news.
@@ -134,6 +137,10 @@ func (c *conn) ready(s *socket, events uint32) {
 	s.exact = s.exact || events&unix.EPOLLPRI != 0
 	if events&unix.EPOLLERR != 0 && s.failed == 0 && c.stage != connecting {
 		s.failed = takeError(s.fd) // 0 when a system call has taken it already
+	}
+	if c.stage == relaying && max(c.up.batch, c.down.batch) >= streaming {
+		c.loop.putOff(c)
+		return
 	}
 	c.advance()
 }

@@ -208,6 +208,8 @@ type route struct {
 	turns   []uint16 // primary backends, each as often as its weight says, evenly mixed
 
 	idle, connect, linger, lifetime time.Duration
+
+	entered, ended atomic.Uint64 // connections that the rule decided about, and those of them that are over
 }
 
 // pick is whose turn it is. Every loop counts for itself, so that they share nothing.

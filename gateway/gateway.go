@@ -192,14 +192,7 @@ func (g *Gateway) complain(what, msg string, err error, where string) {
 }
 
 // trusts says whether connections from the address begin with a PROXY header that is believed.
-func (g *Gateway) trusts(a netip.Addr) bool {
-	for _, p := range g.settings.ProxyFrom {
-		if p.Contains(a) {
-			return true
-		}
-	}
-	return false
-}
+func (g *Gateway) trusts(a netip.Addr) bool { return g.settings.Trusts(a) }
 
 // Draining says whether Drain was called: then health checks should fail.
 func (g *Gateway) Draining() bool { return g.draining.Load() }

@@ -23,9 +23,13 @@ import (
 // accepted under for its whole life, so another one can take its place at any time.
 type generation struct {
 	number   uint64
+	made     time.Time
 	config   *Config
 	routes   map[*natmap.Rule]*route
 	backends []*backend
+
+	certOnce sync.Once // over certList, which only the admin asks for
+	certList []*certs.Certificate
 }
 
 // portRules is what a listener serves: the port's part of the map, and the routes behind its rules.
@@ -44,7 +48,7 @@ func (p *portRules) lookup(name string) *route {
 }
 
 func (g *Gateway) newGeneration(c *Config) *generation {
-	gen := &generation{number: g.generations.Add(1), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules))}
+	gen := &generation{number: g.generations.Add(1), made: time.Now(), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules))}
 	profiles := map[string]*profile{}
 	for i, rule := range c.Map.Rules {
 		r := &route{rule: rule, index: i, label: fmt.Sprintf("%s:%d", rule.Pos.File, rule.Pos.Line), proxy: rule.Options.Proxy}

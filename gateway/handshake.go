@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
+	"reflect"
 	"sync/atomic"
 	"time"
 
@@ -83,20 +85,9 @@ type terms struct {
 	random [32]byte // the client's
 }
 
-// certificate is the one for the name that the client asked for. A client that sent no name gets the one that the
-// rule names (cert=), else one for the address it connected to, else the only one there is.
+// certificate is what the client is shown.
 func (c *conn) certificate() *certs.Entry {
-	store := c.gen.config.Certs
-	if name := c.report.sni; name != "" {
-		return store.ForName(name)
-	}
-	if name := c.route.rule.Options.Cert; name != "" {
-		return store.ForName(name)
-	}
-	if e := store.ForAddr(localAddr(c.client.fd).Addr()); e != nil {
-		return e
-	}
-	return store.Only()
+	return c.gen.config.Certificate(c.route.rule, c.report.sni, func() netip.Addr { return localAddr(c.client.fd).Addr() })
 }
 
 func (c *conn) noCertificate() string {
@@ -244,10 +235,26 @@ func (h *handshaker) shake() {
 	}()
 	tc := tls.Server(&h.wire, h.config)
 	if h.err = tc.Handshake(); h.err != nil {
+		h.findAlert(tc.ConnectionState().CipherSuite)
 		return
 	}
 	h.state = tc.ConnectionState()
 	h.session, h.err = h.takeKeys()
+}
+
+// findAlert looks for the alert that crypto/tls has sent. In the clear it was seen; behind the Finished of TLS 1.3 it is
+// the first record under the application keys.
+func (h *handshaker) findAlert(suite uint16) {
+	out, err := record.TrafficKeys(suite, h.secrets.server[:h.secrets.n])
+	if err != nil || h.wire.alert >= 0 {
+		return
+	}
+	var r record.Reader
+	r.Init(out, 0, record.Client)
+	if rec, _, err := r.Next(h.wire.lastSealed); err == nil && rec.Kind == record.AlertReceived {
+		h.wire.alert = int16(rec.Alert)
+	}
+	r.Wipe()
 }
 
 // panicked is a fault of ours in a handshake: it ends that connection and no other.
@@ -295,7 +302,7 @@ func (h *handshaker) done() {
 	l.inFlight--
 	c.hs = nil
 	err, state, sess, rest := h.err, h.state, h.session, h.wire.rest()
-	c.report.alertSent = h.wire.alert
+	c.report.alertSent, c.report.alertReceived = h.wire.alert, h.wire.refusal
 	c.client.readable = true // what came meanwhile was the goroutine's business, and it stopped at the Finished
 	c.client.writable = true
 	h.forget()
@@ -311,6 +318,7 @@ func (h *handshaker) done() {
 			c.up.carry = append(l.lend(len(rest)), rest...)
 		}
 		c.report.shookHands(&state, l.now)
+		l.counters.shookHands(&c.report)
 		c.stage = c.startConnect()
 		c.advance()
 	}
@@ -333,7 +341,14 @@ func (c *conn) handshakeFailed(err error) {
 	case errors.As(err, &p):
 		c.tell(Internal, err.Error())
 	case errors.As(err, &op) && op.Op == "remote error":
+		if v := reflect.ValueOf(op.Err); v.Kind() == reflect.Uint8 { // crypto/tls keeps the type of its alerts to itself
+			c.report.alertReceived = int16(v.Uint())
+		}
 		c.tell(HandshakeFailed, "the client refused: "+op.Err.Error())
+	case c.report.alertReceived > 0:
+		c.tell(HandshakeFailed, "the client refused: "+record.Alert(c.report.alertReceived).String())
+	case errors.Is(err, io.EOF) && c.client.failed != 0:
+		c.tell(ClientReset, "reset during the handshake")
 	case errors.Is(err, io.EOF):
 		c.tell(HandshakeFailed, "the client left during the handshake")
 	case errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
@@ -427,13 +442,14 @@ type wire struct {
 	clientRandom, serverRandom [32]byte
 	lastSealed                 []byte // the last record of application-data type that was written
 	sealed                     int    // how many were
-	alert                      int16  // the alert that was sent in the clear; -1: none
+	alert                      int16  // the alert that was sent; -1: none
+	refusal                    int16  // the alert that the client sent in the clear; 0: none
 }
 
 const wireBuffer = 4 << 10 // a hello, or a Finished with a request behind it
 
 func (w *wire) begin(l *loop, fd int32, hello []byte) {
-	w.loop, w.fd, w.computing, w.alert = l, fd, true, -1
+	w.loop, w.fd, w.computing, w.alert, w.refusal = l, fd, true, -1, 0
 	w.buf = append(w.buf[:0], hello...)
 	select {
 	case <-w.news: // meant for the connection before
@@ -495,6 +511,9 @@ func (w *wire) take(p []byte) int {
 			return 0
 		}
 		w.left = 5 + int(b[3])<<8 + int(b[4])
+		if b[0] == 21 && w.left == 7 && len(b) >= 7 { // in TLS 1.3 crypto/tls takes it for a broken record
+			w.refusal = int16(b[6])
+		}
 		p = p[:min(len(p), 5)]
 	}
 	n := copy(p[:min(len(p), w.left)], b)

@@ -17,7 +17,7 @@ const helloLimit = 96 << 10
 
 // Alerts that are sent before there is a TLS connection (RFC 8446, section 6).
 const (
-	alertCloseNotify      = 0
+	alertNone             = 0 // as package sni has it
 	alertDecodeError      = 50
 	alertAccessDenied     = 49
 	alertInternalError    = 80
@@ -56,14 +56,17 @@ func (c *conn) readHello() stage {
 // endedEarly is a client that left before it said what it wants. One that said nothing at all was a probe or a
 // port scan: a load balancer's health check looks like that, and is not an error.
 func (c *conn) endedEarly(errno unix.Errno) stage {
+	why := fmt.Sprintf("the client left after %d bytes of it", len(c.pending))
 	switch {
-	case errno != 0:
-		return c.finish(ClientReset, "")
 	case len(c.pending) == 0:
 		c.report.probe = true
 		return c.finish(OK, "")
+	case errno != 0:
+		return c.finish(ClientReset, why)
+	case c.stage == readingProxy:
+		return c.finish(BadProxy, why)
 	}
-	return c.finish(BadHello, fmt.Sprintf("the client left after %d bytes of its hello", len(c.pending)))
+	return c.finish(BadHello, why)
 }
 
 // notTLS answers bytes that are no ClientHello: in plain HTTP if that is what was spoken, else with an alert.
@@ -109,6 +112,9 @@ func (c *conn) refuse(o Outcome, alert uint8, why string) stage {
 	if c.route != nil && c.route.rule.Options.Mode == natmap.TCP {
 		abort(&c.client)
 		return c.finish(o, why)
+	}
+	if alert == alertNone {
+		return c.startLinger() // what speaks no TLS understands no alert
 	}
 	c.report.alertSent = int16(alert)
 	return c.answerAndLinger([]byte{21, 3, 3, 0, 2, 2, alert})

@@ -28,6 +28,9 @@ func newLogger(s *Settings, out *lineBuffer) *zap.Logger {
 	return zap.New(zapcore.NewCore(encoder, out, level))
 }
 
+// Logger is the gateway's log, for what its owner has to say. It ends with Drain.
+func (g *Gateway) Logger() *zap.Logger { return g.log }
+
 // lineBuffer takes lines without waiting and writes them from a goroutine of its own. Lines that find it full are
 // dropped, and counted.
 type lineBuffer struct {

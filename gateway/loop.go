@@ -29,8 +29,7 @@ type loop struct {
 	listeners []*listener
 	wheel     wheel
 	now       int64   // loop nanoseconds: since the gateway's start, read once a round
-	again     []*conn // used up their turn, and go on after the others
-	spare     []*conn // the other half of the double buffer behind again
+	later     []*conn // streams, and who used up a turn: they go on when the others have been served
 
 	scratch []byte       // what a turn reads into and seals in; nothing in it outlives the turn
 	iov     []unix.Iovec // the same for vectors
@@ -44,6 +43,7 @@ type loop struct {
 	active   atomic.Int32 // handshakes that compute right now
 	inFlight int          // handshakes begun and not finished, those that wait for the client included
 	counters counters
+	ended    endedRing // the last connections that are over, for the admin
 	accept4  func(fd int32) (int32, netip.AddrPort, unix.Errno)
 	lastID   uint64
 	stopping bool // draining: the loop ends with its last connection
@@ -72,15 +72,11 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 	return l, nil
 }
 
-// run is the loop: what is ready, what is due, what was posted, who waits for another turn; then look again.
+// run is the loop: what is ready, what is due, what was posted, then the streams; then look again.
 func (l *loop) run() {
 	defer close(l.done)
 	for !l.finished() {
-		var sleepUntil int64
-		if len(l.again) == 0 {
-			sleepUntil = l.wheel.next()
-		}
-		events, err := l.look(sleepUntil)
+		events, err := l.look()
 		if err != nil {
 			l.gw.fail(err)
 			return
@@ -91,25 +87,27 @@ func (l *loop) run() {
 		}
 		l.wheel.fire(l.now, (*conn).due)
 		l.runPosted()
-		l.goOn()
+		l.serveLater()
 		l.startHandshakes()
-		if l.active.Load() > 0 || len(l.again) > 0 {
+		if l.active.Load() > 0 || len(l.later) > 0 {
 			runtime.Gosched() // handshakes get the P now, not when the monitor notices
 		}
 	}
 	l.closeAll()
 }
 
-func (l *loop) look(sleepUntil int64) ([]unix.EpollEvent, error) {
-	if len(l.again) > 0 {
-		l.poll.n = 0
+// look fetches what is ready, and sleeps until something is unless somebody waits for a turn.
+func (l *loop) look() ([]unix.EpollEvent, error) {
+	if len(l.later) > 0 {
 		l.poll.look()
 		return l.poll.events[:l.poll.n], l.poll.fault
 	}
-	return l.poll.wait(l.now, sleepUntil)
+	return l.poll.wait(l.now, l.wheel.next())
 }
 
-func (l *loop) tick() { l.now = int64(time.Since(l.gw.started)) }
+func (l *loop) tick() { l.now = l.clock() }
+
+func (l *loop) clock() int64 { return int64(time.Since(l.gw.started)) }
 
 // dispatch hands an event to the owner of its socket. An event for a socket that was closed in this very round finds
 // another generation under the number, or nobody.
@@ -194,21 +192,30 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	}
 }
 
-// goAgain puts a conn behind the others: its turn is used up, but not what it has to do.
-func (l *loop) goAgain(c *conn) {
+// putOff has a conn go on when those with less to do were served.
+func (l *loop) putOff(c *conn) {
 	if !c.busy {
 		c.busy = true
-		l.again = append(l.again, c)
+		l.later = append(l.later, c)
 	}
 }
 
-func (l *loop) goOn() {
-	turn := l.again
-	l.again, l.spare = l.spare[:0], turn
-	for i, c := range turn {
-		turn[i] = nil
+// serveLater gives a turn to whoever waits longest, and to the next ones until they had as much time as the round's
+// events. So a message beside streams waits for one turn of one of them, and the streams get half of a busy loop.
+func (l *loop) serveLater() {
+	if len(l.later) == 0 {
+		return
+	}
+	start := l.clock()
+	for n := len(l.later); n > 0; n-- {
+		c := l.later[0]
+		l.later[0] = nil
+		l.later = l.later[1:]
 		c.busy = false
 		c.advance()
+		if l.clock()-start >= start-l.now {
+			return
+		}
 	}
 }
 

@@ -30,19 +30,31 @@ var errNotProxy = errors.New("no PROXY header, which is demanded from this addre
 // readProxyHeader takes the PROXY header off a connection from a load balancer that is trusted (PROXY protocol,
 // sections 2.1 and 2.2). What follows it stays in pending.
 func (c *conn) readProxyHeader() stage {
-	b, ended, errno := c.gather(proxyLimit + helloLimit)
-	n, err := proxyHeaderLen(b)
-	if err != nil {
-		return c.badProxy(err)
-	}
-	if n == 0 || len(b) < n {
-		c.keep(b)
-		if ended {
-			return c.endedEarly(errno)
+	for {
+		b, ended, errno := c.gather(proxyLimit + helloLimit)
+		n, err := proxyHeaderLen(b)
+		switch {
+		case err != nil:
+			return c.badProxy(err)
+		case n > 0 && n <= len(b):
+			return c.takeProxyHeader(b, n)
 		}
-		return readingProxy
+		c.keep(b)
+		switch {
+		case ended:
+			return c.endedEarly(errno)
+		case !c.client.readable:
+			return readingProxy
+		}
 	}
+}
+
+// takeProxyHeader reads the header, which is the first n bytes of b.
+func (c *conn) takeProxyHeader(b []byte, n int) stage {
 	h, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(b[:n]), n))
+	if err == nil {
+		err = checkProxySum(b[:n])
+	}
 	if err != nil {
 		return c.badProxy(err)
 	}
@@ -51,6 +63,31 @@ func (c *conn) readProxyHeader() stage {
 	c.pending = append([]byte(nil), rest...)
 	return readingHello
 }
+
+// proxyTLVs is where the TLVs of a version 2 header begin, by its address family: behind two addresses and two ports.
+var proxyTLVs = [...]int{16, 16 + 2*4 + 2*2, 16 + 2*16 + 2*2, 16 + 2*108}
+
+// checkProxySum compares the CRC32C in a header of version 2, if there is one, with its bytes (PROXY protocol, section
+// 2.2.3). The codec does not.
+func checkProxySum(b []byte) error {
+	if !bytes.HasPrefix(b, proxyproto.SIGV2) || int(b[13]>>4) >= len(proxyTLVs) {
+		return nil
+	}
+	for at := proxyTLVs[b[13]>>4]; at+3 <= len(b); {
+		n := int(binary.BigEndian.Uint16(b[at+1:]))
+		if proxyproto.PP2Type(b[at]) == proxyproto.PP2_TYPE_CRC32C && n == 4 && at+7 <= len(b) {
+			sum := crc32.Checksum(b[:at+3], castagnoli)
+			sum = crc32.Update(sum, castagnoli, make([]byte, 4))
+			if crc32.Update(sum, castagnoli, b[at+7:]) != binary.BigEndian.Uint32(b[at+3:]) {
+				return errors.New("the CRC32C of the PROXY header is not that of its bytes")
+			}
+		}
+		at += 3 + n
+	}
+	return nil
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // badProxy ends the connection without a word: what speaks no PROXY protocol does not wait for an answer in TLS.
 func (c *conn) badProxy(err error) stage {
@@ -114,7 +151,7 @@ func (c *conn) greet() stage {
 		c.up.hold(c.loop, h)
 	}
 	if len(c.pending) > 0 {
-		c.up.moved += int64(len(c.pending))
+		c.carried(&c.up, len(c.pending))
 		c.up.hold(c.loop, c.pending)
 		c.pending = nil
 	}
@@ -180,7 +217,7 @@ func (c *conn) proxyV2(h *proxyproto.Header) []byte {
 	if err != nil {
 		return nil
 	}
-	binary.BigEndian.PutUint32(b[len(b)-4:], crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
+	binary.BigEndian.PutUint32(b[len(b)-4:], crc32.Checksum(b, castagnoli))
 	return b
 }
 

@@ -22,7 +22,7 @@ func (c *conn) copyOver(f *flow, from, to *socket) int {
 	if n = f.got(from, n, len(buf), e); n == 0 {
 		return 0
 	}
-	f.moved += int64(n)
+	c.carried(f, n)
 	f.splice = n == len(buf)
 	c.send(f, to, buf[:n])
 	return n
@@ -50,7 +50,7 @@ func (c *conn) spliceOver(f *flow, from, to *socket) int {
 	}
 	c.loop.counters.spliced.Add(uint64(n))
 	c.report.spliced = true
-	f.moved += int64(n)
+	c.carried(f, n)
 	f.run = int32(min(int(f.run)+n, spliceWorth))
 	f.pipe, f.inPipe = p, n
 	c.drainPipe(f, to)

@@ -44,9 +44,7 @@ const (
 //	readv(source -> slots with room for header and tag), seal in place, write(all records)
 func (c *conn) seal(f *flow, from, to *socket) int {
 	l, w := c.loop, &to.tls.writer
-	if w.UpdateDue() { // RFC 8446, section 5.5
-		c.send(f, to, w.AppendKeyUpdate(nil, false))
-	}
+	c.renewKeys(f, to)
 	size, slots := f.recordSize(l.now)
 	pre := w.Prefix()
 	stride := pre + size + w.Suffix()
@@ -59,7 +57,7 @@ func (c *conn) seal(f *flow, from, to *socket) int {
 	for left := n; left > 0; left -= size {
 		end += w.Seal(l.scratch[end:], min(left, size))
 	}
-	f.moved += int64(n)
+	c.carried(f, n)
 	f.at = l.now
 	if f.small > 0 {
 		f.small -= uint8(min((n+size-1)/size, int(f.small)))
@@ -167,8 +165,11 @@ func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
 			iov[len(iov)-1].SetLen(len(last))
 		}
 	}
-	f.moved += int64(total)
+	c.carried(f, total)
 	c.sendVectors(f, to, iov, total)
+	if from.tls.asked {
+		c.renewKeys(c.other(f), from)
+	}
 	return used
 }
 
@@ -224,10 +225,22 @@ func (c *conn) heed(f *flow, from *socket, rec record.Record) bool {
 		c.tell(TLSError, "the client sent the alert "+rec.Alert.String())
 		f.ended = true
 		return true
-	case record.KeyUpdateRequested: // RFC 8446, section 4.6.3: ours goes out before any more data
-		c.send(c.other(f), from, from.tls.writer.AppendKeyUpdate(nil, false))
+	case record.KeyUpdateRequested:
+		from.tls.asked = true
 	}
 	return false
+}
+
+// renewKeys goes over to new keys if the peer has asked for it (RFC 8446, section 4.6.3), or if the old ones are used
+// up (section 5.5). One answer does for all requests that came meanwhile; behind data that is stuck it waits for the next
+// data, so that a client that asks and does not read costs nothing.
+func (c *conn) renewKeys(f *flow, to *socket) {
+	s := to.tls
+	if f.stuck() || !s.asked && !s.writer.UpdateDue() {
+		return
+	}
+	s.asked = false
+	c.send(f, to, s.writer.AppendKeyUpdate(nil, false))
 }
 
 func (c *conn) other(f *flow) *flow {
@@ -253,7 +266,6 @@ func (c *conn) violation(from *socket, err error) {
 // violated ends a connection whose client broke the protocol, or gave up with an alert of its own.
 func (c *conn) violated() stage {
 	c.lastWords = true
-	_ = unix.Shutdown(int(c.client.fd), unix.SHUT_WR)
 	return c.startReset(TLSError, "")
 }
 

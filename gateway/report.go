@@ -193,23 +193,31 @@ func (l *loop) log(c *conn) {
 
 // counters are a loop's. They are read from elsewhere, and summed.
 type counters struct {
-	accepted, probes, bytesUp, bytesDown, spliced   atomic.Uint64
-	acceptRests, handshakes, resumptions, userBytes atomic.Uint64
-	outcomes                                        [outcomes]atomic.Uint64
+	accepted, probes, bytesUp, bytesDown, spliced, acceptRests atomic.Uint64
+
+	outcomes   [outcomes]atomic.Uint64
+	handshakes [tlsVersions][tlsGroups][2]atomic.Uint64 // the last index is 1 for resumed ones
 }
 
 func (l *loop) count(r *report) {
 	n := &l.counters
 	n.outcomes[r.outcome].Add(1)
-	n.bytesUp.Add(uint64(r.up))
-	n.bytesDown.Add(uint64(r.down))
 	if r.probe {
 		n.probes.Add(1)
 	}
-	if r.shaken != 0 {
-		n.handshakes.Add(1)
+	if r.route != nil {
+		r.route.ended.Add(1)
 	}
-	if r.resumed {
-		n.resumptions.Add(1)
+	l.ended.add(r, l.now)
+}
+
+// carried counts bytes that came from a flow's source, as the application counts them. A stream that runs for a day
+// shows in the metrics all day.
+func (c *conn) carried(f *flow, n int) {
+	f.moved += int64(n)
+	if f == &c.up {
+		c.loop.counters.bytesUp.Add(uint64(n))
+	} else {
+		c.loop.counters.bytesDown.Add(uint64(n))
 	}
 }

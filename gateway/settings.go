@@ -105,14 +105,30 @@ func ReadSettings(environ []string) (Settings, error) {
 		Prefix:      Prefix,
 		Environment: vars,
 		FuncMap: map[reflect.Type]env.ParserFunc{
-			reflect.TypeFor[netip.Prefix](): parsePrefix,
+			reflect.TypeFor[[]netip.Prefix](): parsePrefixes,
 		},
 	})
 	problems = append(problems, parseComplaints(err, vars)...)
-	if err == nil {
-		problems = append(problems, s.check()...)
+	for _, p := range s.check() {
+		if !complained(problems, p) {
+			problems = append(problems, p)
+		}
 	}
+	s.fillIn()
 	return s, errors.Join(problems...)
+}
+
+// complained says whether there is a complaint about the same setting: a value that was not understood is not judged
+// as well.
+func complained(problems []error, about error) bool {
+	key := func(err error) string {
+		e, _ := errors.AsType[*SettingError](err)
+		if e == nil {
+			return ""
+		}
+		return e.Key
+	}
+	return slices.ContainsFunc(problems, func(p error) bool { return key(p) != "" && key(p) == key(about) })
 }
 
 // ours picks the variables with our prefix and complains about those that no setting has: a typing slip must not
@@ -175,8 +191,20 @@ func expected(t reflect.Type) string {
 	return "can't be read"
 }
 
-func parsePrefix(s string) (any, error) {
-	s = strings.TrimSpace(s)
+func parsePrefixes(s string) (any, error) {
+	var all []netip.Prefix
+	for item := range strings.SplitSeq(s, ",") {
+		p, err := parsePrefix(strings.TrimSpace(item))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, p)
+	}
+	return all, nil
+}
+
+// parsePrefix reads a CIDR, or an address as one of itself alone.
+func parsePrefix(s string) (netip.Prefix, error) {
 	if addr, err := netip.ParseAddr(s); err == nil {
 		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
 	}
@@ -184,7 +212,7 @@ func parsePrefix(s string) (any, error) {
 	return p.Masked(), err
 }
 
-// check looks at what each value means and fills in the defaults that depend on the machine.
+// check looks at what each value means.
 func (s *Settings) check() []error {
 	var problems []error
 	bad := func(key, value, msg string) {
@@ -198,12 +226,15 @@ func (s *Settings) check() []error {
 	oneOf("LOG_LEVEL", s.LogLevel, "debug", "info", "warn", "error")
 	oneOf("LOG_FORMAT", s.LogFormat, "json", "console")
 	oneOf("MIN_TLS", s.MinTLS, "1.2", "1.3")
-	for key, d := range map[string]time.Duration{"HELLO_TIMEOUT": s.HelloTimeout, "CONNECT_TIMEOUT": s.ConnectTimeout,
-		"IDLE_TIMEOUT": s.IdleTimeout, "LINGER_TIMEOUT": s.LingerTimeout} {
+	longer := func(key string, d time.Duration) {
 		if d <= 0 {
 			bad(key, d.String(), "a timeout has to be longer than nothing; to make it not matter write a long one, such as 24h")
 		}
 	}
+	longer("HELLO_TIMEOUT", s.HelloTimeout)
+	longer("CONNECT_TIMEOUT", s.ConnectTimeout)
+	longer("IDLE_TIMEOUT", s.IdleTimeout)
+	longer("LINGER_TIMEOUT", s.LingerTimeout)
 	if s.DrainTimeout < 0 {
 		bad("DRAIN_TIMEOUT", s.DrainTimeout.String(), "can't be negative; 0s cuts at once")
 	}
@@ -216,14 +247,22 @@ func (s *Settings) check() []error {
 	if s.Handshakes < 1 {
 		bad("HANDSHAKES", fmt.Sprint(s.Handshakes), "at least 1 handshake has to be possible at once")
 	}
-	problems = append(problems, s.checkAdmin()...)
+	return append(problems, s.checkAdmin()...)
+}
+
+// fillIn sets the defaults that depend on the machine.
+func (s *Settings) fillIn() {
 	if s.Loops == 0 {
 		s.Loops = runtime.GOMAXPROCS(0)
 	}
 	if s.State == "" {
 		s.State = defaultState()
 	}
-	return problems
+}
+
+// Trusts says whether connections from the address begin with a PROXY header, which is believed.
+func (s *Settings) Trusts(a netip.Addr) bool {
+	return slices.ContainsFunc(s.ProxyFrom, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 func (s *Settings) checkAdmin() []error {

@@ -173,7 +173,7 @@ func (c *conn) gather(limit int) (b []byte, ended bool, errno unix.Errno) {
 		return c.pending, true, e
 	case n == 0:
 		s.readable = false
-		return c.pending, true, 0
+		return c.pending, true, s.failed
 	}
 	s.readable = n == len(into) || s.hup || s.exact
 	if len(c.pending) > 0 {
@@ -205,6 +205,7 @@ func (c *conn) keep(b []byte) {
 // enter sets what a rule says, once it is known which one it is.
 func (c *conn) enter(r *route) {
 	c.route, c.report.route = r, r
+	r.entered.Add(1)
 	if r.lifetime > 0 {
 		c.end = c.report.accepted + int64(r.lifetime)
 	}

@@ -56,7 +56,7 @@ var options = []option{
 	},
 	timer("idle", "closes a connection that moved no byte for so long", terminate|pass|tcp|demo, true,
 		func(o *Options) *time.Duration { return &o.Idle }),
-	timer("connect", "how long one try to reach a backend may take", terminate|pass|tcp, false,
+	timer("connect", "how long a backend is sought, all that are tried together", terminate|pass|tcp, false,
 		func(o *Options) *time.Duration { return &o.Connect }),
 	timer("linger", "how long the open half of a half-closed connection may be idle", terminate|pass|tcp|demo, false,
 		func(o *Options) *time.Duration { return &o.Linger }),

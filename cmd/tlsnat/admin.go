@@ -2,10 +2,17 @@
 
 package main
 
-import "github.com/tlsnat/tlsnat/gateway"
+import (
+	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/admin"
+)
 
-type adm struct{}
+// startAdmin starts the admin beside the gateway; with TLSNAT_ADMIN=off it is nil, which does nothing.
+func startAdmin(s gateway.Settings, g *gateway.Gateway) (*admin.Server, error) {
+	return admin.Start(s, g, buildVersion())
+}
 
-func startAdmin(s gateway.Settings, g *gateway.Gateway) (*adm, error) { return &adm{}, nil }
-func (a *adm) Close() error                                          { return nil }
-func (a *adm) address() string                                       { return "" }
+// apiCall is a drain that was asked for by POST /api/v1/drain.
+type apiCall struct{}
+
+func (apiCall) String() string { return "POST /api/v1/drain" }

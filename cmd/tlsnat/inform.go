@@ -3,39 +3,205 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
 	"text/tabwriter"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
 )
 
+// check reads everything as run does and says what is wrong with it.
 func (p *program) check(args []string) int {
 	if !p.noArguments("check", args) {
 		return exitUsage
 	}
-	config, ok := p.config()
-	if !ok {
+	config, problems := p.config()
+	p.complain(problems)
+	if config == nil {
 		return exitInput
 	}
-	fmt.Fprintf(p.out, "ok: %d rules\n", len(config.Map.Rules))
+	ports, certificates := 0, 0
+	for _, l := range config.Map.Listens() {
+		ports += l.Len()
+	}
+	for _, e := range config.Certs.Entries() {
+		certificates += len(e.Certs)
+	}
+	fmt.Fprintf(p.out, "ok: %s on %s, %s", count(len(config.Map.Rules), "rule"), count(ports, "port"), count(certificates, "certificate"))
+	if len(problems) > 0 {
+		fmt.Fprintf(p.out, ", %s", count(len(problems), "warning"))
+	}
+	fmt.Fprintln(p.out)
 	return exitOK
 }
 
+func count(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return strconv.Itoa(n) + " " + what
+}
+
+// env prints every setting.
 func (p *program) env(args []string) int {
 	if !p.noArguments("env", args) {
 		return exitUsage
 	}
-	w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
-	for _, d := range gateway.SettingDocs() {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", d.Name, d.Type, d.Default, d.Doc)
+	docs := gateway.SettingDocs()
+	name, kind, value := len("NAME"), len("TYPE"), len("DEFAULT")
+	for _, d := range docs {
+		name, kind, value = max(name, len(d.Name)), max(kind, len(d.Type)), max(value, len(d.Default))
 	}
-	_ = w.Flush()
+	left := name + kind + value + 3*len("  ")
+	row := func(n, k, v, text string) {
+		fmt.Fprintf(p.out, "%-*s  %-*s  %-*s  %s\n", name, n, kind, k, value, v, text)
+	}
+	row("NAME", "TYPE", "DEFAULT", "MEANING")
+	for _, d := range docs {
+		for i, line := range wrap(d.Doc, p.width()-left) {
+			if i > 0 {
+				d.Name, d.Type, d.Default = "", "", ""
+			}
+			row(d.Name, d.Type, d.Default, line)
+		}
+	}
 	return exitOK
 }
 
+// width is that of the terminal. What goes to a file or a pipe is not wrapped, so that grep finds whole lines.
+func (p *program) width() int {
+	const unbounded = 1 << 20
+	f, ok := p.out.(*os.File)
+	if !ok {
+		return unbounded
+	}
+	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	if err != nil || size.Col == 0 {
+		return unbounded
+	}
+	return int(size.Col)
+}
+
+// wrap breaks text between words into lines of at most width characters, or of 24 where there is less room: a
+// column that is narrower can't be read.
+func wrap(text string, width int) []string {
+	width = max(width, 24)
+	lines := []string{""}
+	for word := range strings.FieldsSeq(text) {
+		last := &lines[len(lines)-1]
+		switch {
+		case *last == "":
+			*last = word
+		case utf8.RuneCountInString(*last)+1+utf8.RuneCountInString(word) <= width:
+			*last += " " + word
+		default:
+			lines = append(lines, word)
+		}
+	}
+	return lines
+}
+
+// version prints what runs, and on what.
 func (p *program) version(args []string) int {
-	fmt.Fprintln(p.out, "tlsnat")
+	if !p.noArguments("version", args) {
+		return exitUsage
+	}
+	fmt.Fprintf(p.out, "tlsnat %s\n", buildVersion())
+	w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "go\t%s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	fmt.Fprintf(w, "kernel\t%s\n", kernel())
+	fmt.Fprintf(w, "kTLS\t%s\n", kernelTLS())
+	fmt.Fprintf(w, "splice\t%s\n", splice())
+	fmt.Fprintf(w, "backlog\t%s (net.core.somaxconn)\n", sysctl("net/core/somaxconn"))
+	fmt.Fprintf(w, "pipes\t%s bytes (fs.pipe-max-size)\n", sysctl("fs/pipe-max-size"))
+	w.Flush()
 	return exitOK
 }
 
-func (p *program) explain(args []string) int { return exitOK }
+// buildVersion is the module's version, which the go command takes from the tag or the commit.
+func buildVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "of unknown version"
+	}
+	if v := info.Main.Version; v != "" && v != "(devel)" {
+		return v
+	}
+	revision, modified := "", ""
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			revision = s.Value[:min(12, len(s.Value))]
+		case s.Key == "vcs.modified" && s.Value == "true":
+			modified = "+dirty"
+		}
+	}
+	return cmp.Or(revision, "devel") + modified
+}
+
+func kernel() string {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return err.Error()
+	}
+	return unix.ByteSliceToString(name.Sysname[:]) + " " + unix.ByteSliceToString(name.Release[:])
+}
+
+func sysctl(name string) string {
+	b, err := os.ReadFile("/proc/sys/" + name)
+	if err != nil {
+		return "not to be read"
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// kernelTLS says whether the kernel has it in store. The module comes when it is asked for, where modules are loaded.
+func kernelTLS() string {
+	offered := sysctl("net/ipv4/tcp_available_ulp")
+	for protocol := range strings.FieldsSeq(offered) {
+		if protocol == "tls" {
+			return "found; this version doesn't use it"
+		}
+	}
+	return "not found (net.ipv4.tcp_available_ulp: " + offered + "); this version doesn't use it"
+}
+
+// splice tries it, with one byte from a socket to a pipe.
+func splice() string {
+	if err := trySplice(); err != nil {
+		return "fails: " + err.Error() + "; mode=pass and mode=tcp need it"
+	}
+	return "works"
+}
+
+func trySplice() error {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("socketpair: %w", err)
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		return fmt.Errorf("pipe: %w", err)
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	if _, err := unix.Write(pair[0], []byte{1}); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	n, err := unix.Splice(pair[1], nil, pipe[1], nil, 1, unix.SPLICE_F_NONBLOCK)
+	if err == nil && n != 1 {
+		err = io.ErrShortWrite
+	}
+	return err
+}

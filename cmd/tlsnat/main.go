@@ -7,13 +7,16 @@
 //	tlsnat check      read everything as run would, and say what is wrong
 //	tlsnat explain    which rule decides, and with what
 //	tlsnat env        every setting
-//	tlsnat version
+//	tlsnat version    version, Go, kernel features
+//
+// It reads arguments and the environment, prints, and ends the process; what the gateway does is package gateway.
 package main
 
 import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/tlsnat/tlsnat/gateway"
@@ -51,39 +54,47 @@ const usage = `tlsnat: a Layer-4 TLS edge gateway with port NAT
   tlsnat version    version, Go, kernel features
 
 Settings are variables of the environment (tlsnat env). Without any of them, and without a command, it is the demo.
+Exit codes: 0 done, 1 what you wrote is wrong, 2 usage, 3 could not run (a port is taken, a right is missing).
 `
 
 func (p *program) main() int {
-	name := "run"
-	if len(p.args) > 0 {
-		name = p.args[0]
+	name, args := "run", p.args
+	if len(args) > 0 {
+		name, args = args[0], args[1:]
 	} else if !p.configured() {
 		name = "demo"
 	}
-	commands := map[string]func([]string) int{
-		"run": p.run, "demo": p.demo, "check": p.check, "explain": p.explain, "env": p.env, "version": p.version,
-	}
-	switch name {
-	case "help", "-h", "-help", "--help":
+	if isHelp(name) || name == "help" || slices.ContainsFunc(args, isHelp) {
 		fmt.Fprint(p.out, usage)
 		return exitOK
+	}
+	commands := map[string]func([]string) int{
+		"run": p.run, "demo": p.demo, "check": p.check, "explain": p.explain,
+		"env": p.env, "version": p.version, "--version": p.version,
 	}
 	command, ok := commands[name]
 	if !ok {
 		fmt.Fprintf(p.err, "tlsnat: there is no command %q\n\n%s", name, usage)
 		return exitUsage
 	}
-	return command(p.args[min(1, len(p.args)):])
+	return command(args)
 }
+
+func isHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
 
 // configured says whether any setting is there.
 func (p *program) configured() bool {
-	for _, kv := range p.environ {
-		if strings.HasPrefix(kv, gateway.Prefix) {
-			return true
+	return slices.ContainsFunc(p.environ, func(kv string) bool { return strings.HasPrefix(kv, gateway.Prefix) })
+}
+
+// setting is a variable of the environment, without its prefix; empty is as good as not set.
+func (p *program) setting(key string) string {
+	for _, kv := range slices.Backward(p.environ) { // of two the last one counts
+		if value, ok := strings.CutPrefix(kv, gateway.Prefix+key+"="); ok {
+			return value
 		}
 	}
-	return false
+	return ""
 }
 
 // noArguments complains about arguments to a command that takes none.
@@ -93,4 +104,37 @@ func (p *program) noArguments(command string, args []string) bool {
 	}
 	fmt.Fprintf(p.err, "tlsnat %s: takes no arguments, but got %q; settings are variables of the environment, see 'tlsnat env'\n", command, args)
 	return false
+}
+
+// config reads everything and returns every complaint at once: about settings, then map, then certificates. If there
+// is anything that keeps the gateway from running the config is nil.
+func (p *program) config() (*gateway.Config, gateway.Problems) {
+	s, err := gateway.ReadSettings(p.environ)
+	var problems gateway.Problems
+	for _, e := range joined(err) {
+		problems = append(problems, gateway.Problem{Text: e.Error()})
+	}
+	config, more := gateway.ReadConfig(s)
+	if len(problems) > 0 {
+		config = nil
+	}
+	return config, append(problems, more...)
+}
+
+// joined are the errors of errors.Join.
+func joined(err error) []error {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		return all.Unwrap()
+	}
+	if err != nil {
+		return []error{err}
+	}
+	return nil
+}
+
+// complain prints problems.
+func (p *program) complain(problems gateway.Problems) {
+	for _, problem := range problems {
+		fmt.Fprintln(p.err, problem)
+	}
 }

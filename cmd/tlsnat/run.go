@@ -8,125 +8,126 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
+	"strings"
 	"syscall"
 
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/admin"
 )
 
 func (p *program) run(args []string) int {
 	if !p.noArguments("run", args) {
 		return exitUsage
 	}
-	config, ok := p.config()
-	if !ok {
-		return exitInput
-	}
-	return p.serve(config, func(string) {})
-}
-
-func (p *program) demo(args []string) int {
-	if !p.noArguments("demo", args) {
-		return exitUsage
-	}
-	s, err := gateway.ReadSettings(p.environ)
-	if err != nil {
-		return p.complain(err)
-	}
-	if s.Map != "" || s.MapFile != "" {
-		fmt.Fprintf(p.err, "tlsnat demo: a map is set; 'tlsnat run' runs it\n")
-		return exitUsage
-	}
-	s.Map, s.Certs = gateway.DemoMap, ""
-	config, problems := gateway.ReadConfig(s)
+	config, problems := p.config()
 	if config == nil {
-		fmt.Fprintln(p.err, problems)
+		p.complain(problems)
 		return exitInput
 	}
-	return p.serve(config, func(admin string) { p.welcome(s, admin) })
-}
-
-// welcome says what listens and how to try it.
-func (p *program) welcome(s gateway.Settings, admin string) {
-	fmt.Fprintf(p.out, "tlsnat demo: %s\n\n", gateway.DemoMap)
-	fmt.Fprintf(p.out, "  try it   curl --cacert %s https://localhost:8443/\n", filepath.Join(gateway.DemoCertFile(s)))
-	if admin != "" {
-		fmt.Fprintf(p.out, "  look     http://%s/\n", admin)
-	}
-	fmt.Fprintf(p.out, "  stop     Ctrl-C\n\nA line for each connection follows. 'tlsnat help' says how to go on from here.\n\n")
-}
-
-// config reads everything, and prints every complaint.
-func (p *program) config() (*gateway.Config, bool) {
-	s, err := gateway.ReadSettings(p.environ)
+	e, err := p.open(config)
 	if err != nil {
-		p.complain(err)
-		return nil, false
+		return p.cannot(err)
 	}
-	config, problems := gateway.ReadConfig(s)
+	if e.admin, err = startAdmin(config.Settings, e.Gateway); err != nil {
+		e.Drain(cancelled())
+		return p.cannot(err)
+	}
+	e.hangups = make(chan os.Signal, 1)
+	signal.Notify(e.hangups, syscall.SIGHUP)
+	// A log collector that ends must not take the gateway with it. Without this the runtime ends a process that
+	// writes to a closed pipe on its standard output or error.
+	signal.Ignore(syscall.SIGPIPE)
 	for _, problem := range problems {
-		fmt.Fprintln(p.err, problem)
+		e.Logger().Warn(problem.Text)
 	}
-	return config, config != nil
+	e.Logger().Info("running", zap.String("version", buildVersion()), zap.Strings("listen", e.listens()), zap.String("admin", e.admin.Addr()))
+	return p.serve(e)
 }
 
-// complain prints what the user wrote wrong.
-func (p *program) complain(err error) int {
+// cannot prints why the gateway can't run.
+func (p *program) cannot(err error) int {
 	fmt.Fprintln(p.err, err)
-	return exitInput
+	return exitCannot
 }
 
-// serve runs the gateway until a signal ends it: SIGTERM and SIGINT drain, a second one or SIGQUIT stop now.
-func (p *program) serve(config *gateway.Config, started func(admin string)) int {
+// edge is a gateway that listens, and what can end it.
+type edge struct {
+	*gateway.Gateway
+	config  *gateway.Config
+	admin   *admin.Server
+	signals chan os.Signal
+	hangups chan os.Signal // nil: they end the process, as the end of its terminal should
+}
+
+// open makes a gateway and lets it listen. From here on the signals are ours.
+func (p *program) open(config *gateway.Config) (*edge, error) {
 	if err := harden(); err != nil {
-		fmt.Fprintln(p.err, err)
-		return exitCannot
+		return nil, err
 	}
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
-	g, err := gateway.New(config, p.err)
-	if err == nil {
-		err = g.Start()
+	e := &edge{config: config, signals: make(chan os.Signal, 4)}
+	signal.Notify(e.signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT)
+	var err error
+	if e.Gateway, err = gateway.New(config, p.err); err != nil {
+		return nil, err
 	}
-	if err != nil {
-		fmt.Fprintln(p.err, err)
-		return exitCannot
-	}
-	admin, err := startAdmin(config.Settings, g)
-	if err != nil {
-		fmt.Fprintln(p.err, err)
-		g.Drain(cancelled())
-		return exitCannot
-	}
-	defer admin.Close()
-	started(admin.address())
-	notify("READY=1")
-	select {
-	case err := <-g.Failed():
-		fmt.Fprintln(p.err, err)
-		return exitCannot
-	case s := <-signals:
-		notify("STOPPING=1")
-		p.drain(g, config.Settings, s, signals)
-	}
-	return exitOK
+	return e, e.Start()
 }
 
-// drain lets connections end until the deadline, or until a second signal says that it's enough.
-func (p *program) drain(g *gateway.Gateway, s gateway.Settings, first os.Signal, more <-chan os.Signal) {
-	ctx, cancel := context.WithTimeout(context.Background(), s.DrainTimeout)
+// listens are the ports of the map, as ranges; of a map with very many the first.
+func (e *edge) listens() (all []string) {
+	const enough = 32 // for a line that is read
+	listens := e.config.Map.Listens()
+	for _, l := range listens[:min(enough, len(listens))] {
+		all = append(all, l.String())
+	}
+	if len(listens) > enough {
+		all = append(all, fmt.Sprintf("and %d more", len(listens)-enough))
+	}
+	return all
+}
+
+// serve waits for the end: SIGTERM, SIGINT and the admin's drain let connections end, one more or SIGQUIT stop now.
+func (p *program) serve(e *edge) int {
+	defer e.admin.Close()
+	notify("READY=1\nSTATUS=listening on " + strings.Join(e.listens(), " "))
+	for {
+		select {
+		case err := <-e.Failed():
+			return p.cannot(err)
+		case <-e.hangups:
+			e.Logger().Warn("SIGHUP changes nothing: this version reads its configuration only when it starts")
+		case s := <-e.signals:
+			e.drain(s)
+			return exitOK
+		case <-e.admin.DrainAsked():
+			e.drain(apiCall{})
+			return exitOK
+		}
+	}
+}
+
+// drain lets connections end until the deadline, or until a signal says that it's enough.
+func (e *edge) drain(why fmt.Stringer) {
+	patience := e.config.Settings.DrainTimeout
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	if first == syscall.SIGQUIT {
+	if why == syscall.SIGQUIT {
 		cancel()
 	}
+	notify("STOPPING=1")
+	e.admin.Retire()
+	e.Logger().Info("draining", zap.Stringer("reason", why), zap.Stringer("deadline", patience))
 	go func() {
 		select {
-		case <-more:
+		case <-e.signals:
 			cancel()
 		case <-ctx.Done():
 		}
 	}()
-	g.Drain(ctx)
+	e.Drain(ctx)
 }
 
 func cancelled() context.Context {
@@ -135,10 +136,14 @@ func cancelled() context.Context {
 	return ctx
 }
 
-// harden keeps key material out of core dumps and away from debuggers.
+// harden keeps key material out of core dumps, also of those that go to a program (core_pattern with a pipe, which
+// RLIMIT_CORE does not stop), and the memory away from other processes of the same user.
 func harden() error {
-	if err := syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{}); err != nil {
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("forbid core dumps: prctl(PR_SET_DUMPABLE): %w", err)
 	}
 	return nil
 }
@@ -156,4 +161,3 @@ func notify(state string) {
 	defer conn.Close()
 	_, _ = conn.Write([]byte(state))
 }
-

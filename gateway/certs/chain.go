@@ -111,7 +111,7 @@ func (p *pairing) certificate(places []*cert) *Certificate {
 	leaf, notes := places[0], report(nil)
 	kind, name, refusal := judge(leaf.Certificate)
 	if refusal != "" {
-		p.fail(leaf.at(), "ask for a certificate with an ECDSA P-256 key: tlsnat csr makes one", "not served: %s", refusal)
+		p.fail(leaf.at(), "ask for a certificate with an ECDSA P-256 key", "not served: %s", refusal)
 		p.markUsed(leaf.file.certs)
 		return nil
 	}
@@ -458,7 +458,7 @@ func (p *pairing) isForServer(c *cert) bool {
 
 func (p *pairing) reportLoneCert(c *cert, explained map[*key]bool) {
 	if _, _, refusal := judge(c.Certificate); refusal != "" {
-		p.fail(c.at(), "ask for a certificate with an ECDSA P-256 key: tlsnat csr makes one", "not served: %s", refusal)
+		p.fail(c.at(), "ask for a certificate with an ECDSA P-256 key", "not served: %s", refusal)
 		return
 	}
 	beside := p.beside(c.file)

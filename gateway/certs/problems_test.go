@@ -188,11 +188,11 @@ var complaints = []struct {
 	{"a weak key", func(w *world) {
 		weak, _ := rsa.GenerateKey(rand.Reader, 1024)
 		w.pair(issue(w.T, w.inter, ask{names: []string{"a.example"}, key: weak}))
-	}, []string{`error DIR/a.crt:1: not served: an RSA key of 1024 bits is too weak, clients refuse it; ask for a certificate with an ECDSA P-256 key: tlsnat csr makes one`}, nil},
+	}, []string{`error DIR/a.crt:1: not served: an RSA key of 1024 bits is too weak, clients refuse it; ask for a certificate with an ECDSA P-256 key`}, nil},
 	{"a curve that TLS does not know", func(w *world) {
 		key, _ := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
 		w.pair(issue(w.T, w.inter, ask{names: []string{"a.example"}, key: key}))
-	}, []string{`error DIR/a.crt:1: not served: TLS has no signature for P-224; ask for a certificate with an ECDSA P-256 key: tlsnat csr makes one`}, nil},
+	}, []string{`error DIR/a.crt:1: not served: TLS has no signature for P-224; ask for a certificate with an ECDSA P-256 key`}, nil},
 
 	{"broken PEM", func(w *world) {
 		w.pair(w.a)

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package admin shows how a gateway is doing: a page for people, metrics for Prometheus, health checks for load
+// balancers, JSON for programs.
+//
+//	a, err := admin.Start(settings, g, version)
+//	...
+//	select {
+//	case <-a.DrainAsked():
+//		a.Retire()
+//		g.Drain(ctx)
+//	}
+//	a.Close()
+//
+//	GET  /                    the page
+//	GET  /metrics             Prometheus
+//	GET  /healthz  /readyz    200; /readyz is 503 while the gateway drains
+//	GET  /api/v1/status  /api/v1/map  /api/v1/conns  /api/v1/certs  /api/v1/generations
+//	POST /api/v1/drain        what SIGTERM does
+//
+// With a token everything but the health checks demands it: as "Authorization: Bearer TOKEN", or as the password of
+// Basic authentication, which is what a browser can ask its user for. Without one the address is a loopback one, and
+// who may connect to that may look.
+//
+// It does not speak TLS, and except for drain it changes nothing.
+package admin
+
+import (
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/net/netutil"
+
+	"github.com/tlsnat/tlsnat/gateway"
+)
+
+const (
+	// Connections at once. The gateway sets 64 descriptors aside for everything that is not traffic; clients of the
+	// admin must not take those that it accepts with.
+	maxClients = 48
+	// Nothing that is asked here has a body, and no client needs longer for a few lines of header.
+	headerTime = 5 * time.Second
+	// The slowest reader of the longest answer.
+	answerTime = 30 * time.Second
+	// Prometheus asks every 15 s, as a rule, and keeps its connection.
+	idleTime = 30 * time.Second
+	// Browsers send less than 2 KiB, cookies of other programs on this host's name included as a rule.
+	maxHeader = 8 << 10
+)
+
+// Server is the admin of one gateway. A nil Server is one that was switched off.
+type Server struct {
+	gateway *gateway.Gateway
+	version string
+	http    *http.Server
+	addr    netip.AddrPort
+	secret  [sha256.Size]byte // of the token
+	open    bool              // no token is needed
+
+	draining   atomic.Bool
+	drainOnce  sync.Once
+	drainAsked chan struct{}
+}
+
+// Start listens on TLSNAT_ADMIN and serves until Close. With TLSNAT_ADMIN=off it returns nil, which is a Server too.
+// The version is what it says is running.
+func Start(s gateway.Settings, g *gateway.Gateway, version string) (*Server, error) {
+	if s.Admin == "off" {
+		return nil, nil
+	}
+	l, err := net.Listen("tcp", s.Admin)
+	if err != nil {
+		return nil, fmt.Errorf("%sADMIN=%s: %w; %s", gateway.Prefix, s.Admin, reason(err), hint(err))
+	}
+	a := &Server{gateway: g, version: version, addr: l.Addr().(*net.TCPAddr).AddrPort(), secret: sha256.Sum256([]byte(s.AdminToken)),
+		open: s.AdminToken == "", drainAsked: make(chan struct{})}
+	if a.open && !a.addr.Addr().IsLoopback() {
+		_ = l.Close()
+		return nil, fmt.Errorf("%sADMIN=%s is not a loopback address, and then %sADMIN_TOKEN has to be set", gateway.Prefix, s.Admin, gateway.Prefix)
+	}
+	a.http = &http.Server{Handler: a.routes(), ReadHeaderTimeout: headerTime, ReadTimeout: headerTime, WriteTimeout: answerTime,
+		IdleTimeout: idleTime, MaxHeaderBytes: maxHeader, ErrorLog: a.errorLog(), DisableGeneralOptionsHandler: true}
+	go func() { _ = a.http.Serve(netutil.LimitListener(l, maxClients)) }()
+	return a, nil
+}
+
+// errorLog is the gateway's log for what package log writes to: what the HTTP server can't tell anybody else.
+func (s *Server) errorLog() *log.Logger {
+	l, err := zap.NewStdLogAt(s.gateway.Logger(), zap.WarnLevel)
+	if err != nil {
+		return log.Default() // never: it's about levels that don't exist
+	}
+	return l
+}
+
+// reason is err without the address, which the message has already.
+func reason(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Err
+	}
+	return err
+}
+
+func hint(err error) string {
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return "another program or a rule of the map listens there ('ss -ltnp' shows which): stop it, or set another address, or 'off'"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return "this machine does not have the address; set one of its own, or 'off'"
+	case errors.Is(err, syscall.EACCES):
+		return "ports below 1024 need a right; set a higher port"
+	}
+	return "set another address, or 'off'"
+}
+
+// Addr is the address that it listens on, empty if it's off.
+func (s *Server) Addr() string {
+	if s == nil {
+		return ""
+	}
+	return s.addr.String()
+}
+
+// DrainAsked is closed when somebody has asked for a drain. It's up to the caller to do it.
+func (s *Server) DrainAsked() <-chan struct{} {
+	if s == nil {
+		return nil
+	}
+	return s.drainAsked
+}
+
+// Retire is to be called before the gateway drains: from here on /readyz says no, and connections are not kept alive,
+// so that load balancers look again and find out.
+func (s *Server) Retire() {
+	if s == nil {
+		return
+	}
+	s.draining.Store(true)
+	s.http.SetKeepAlivesEnabled(false)
+}
+
+// Close ends it at once.
+func (s *Server) Close() error {
+	if s == nil {
+		return nil
+	}
+	return s.http.Close()
+}
+
+// routes is who answers what. Health checks come from machines that know no token and use any name.
+func (s *Server) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /{$}", thePage)
+	mux.Handle("GET /metrics", s.metrics())
+	s.api(mux)
+
+	all := http.NewServeMux()
+	all.HandleFunc("GET /healthz", s.healthz)
+	all.HandleFunc("GET /readyz", s.readyz)
+	all.Handle("/", s.guard(http.NewCrossOriginProtection().Handler(mux)))
+	return harmless(all)
+}
+
+func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, "ok") }
+
+func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
+	if s.isDraining() {
+		answer(w, http.StatusServiceUnavailable, "draining")
+		return
+	}
+	answer(w, http.StatusOK, "ready")
+}
+
+func (s *Server) isDraining() bool { return s.draining.Load() || s.gateway.Draining() }
+
+func answer(w http.ResponseWriter, status int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.WriteHeader(status)
+	_, _ = w.Write([]byte(text + "\n"))
+}
+
+// harmless keeps other sites from using answers in a browser in any way. The page relaxes it for itself.
+func harmless(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Cache-Control", "no-store")
+		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+		h.Set("Cross-Origin-Resource-Policy", "same-origin")
+		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("X-Content-Type-Options", "nosniff")
+		next.ServeHTTP(w, r)
+	})
+}
+
+// guard lets through who may look.
+func (s *Server) guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case !s.knows(r.Host):
+			answer(w, http.StatusMisdirectedRequest, "This address answers to "+s.Addr()+" and localhost only: name one of them in the request.")
+		case !s.open && !s.trusts(r):
+			w.Header().Add("WWW-Authenticate", `Bearer realm="tlsnat"`)
+			w.Header().Add("WWW-Authenticate", `Basic realm="tlsnat: any name, and the token as password", charset="UTF-8"`)
+			answer(w, http.StatusUnauthorized, "This needs the token: Authorization: Bearer TOKEN, or any name with the token as password.")
+		default:
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
+// knows says whether the name that a request is for may be ours. On loopback it must be a loopback one: a web site may
+// have its own name lead to 127.0.0.1 and then read, in the visitor's browser, what is here (DNS rebinding). On other
+// addresses the token keeps it out, and the name may be any.
+func (s *Server) knows(hostport string) bool {
+	if !s.addr.Addr().IsLoopback() {
+		return true
+	}
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		host = strings.TrimSuffix(strings.TrimPrefix(hostport, "["), "]")
+	}
+	if a, err := netip.ParseAddr(host); err == nil {
+		return a.Unmap().IsLoopback()
+	}
+	return host == "" || strings.EqualFold(host, "localhost") // without a name (HTTP/1.0) it's no browser
+}
+
+// trusts says whether the request has the token. Hashes are compared, which have one length whatever was sent.
+func (s *Server) trusts(r *http.Request) bool {
+	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if !ok {
+		if _, token, ok = r.BasicAuth(); !ok {
+			return false
+		}
+	}
+	sum := sha256.Sum256([]byte(token))
+	return subtle.ConstantTimeCompare(sum[:], s.secret[:]) == 1
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package admin
+
+import (
+	"net/http"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/tlsnat/tlsnat/gateway"
+)
+
+const (
+	// Scrapes at once: two Prometheus servers and somebody who is curious.
+	maxScrapes = 4
+	// Certificates that have a gauge of their own, the first to expire: those are the ones to worry about, and a
+	// directory of 100,000 must not become 100,000 time series.
+	certGauges = 1000
+)
+
+// metrics answers scrapes. Nothing is counted here: what the loops have counted is read when somebody asks.
+func (s *Server) metrics() http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(s, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: s.errorLog(), MaxRequestsInFlight: maxScrapes})
+}
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("tlsnat_"+name, help, labels, nil)
+}
+
+var (
+	outcomesDesc   = desc("connections_total", "Connections that ended, by how.", "outcome")
+	bytesDesc      = desc("bytes_total", "Bytes carried, without TLS around them: up is client to backend.", "direction")
+	handshakesDesc = desc("handshakes_total", "TLS handshakes with clients that were finished, by what was agreed on.", "version", "group", "resumed")
+	certDesc       = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, of the "+strconv.Itoa(certGauges)+" that expire first.", "name", "key", "file")
+	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
+)
+
+// plainMetrics are those without labels.
+var plainMetrics = []struct {
+	desc  *prometheus.Desc
+	kind  prometheus.ValueType
+	value func(*gateway.Status) float64
+}{
+	{desc("connections_accepted_total", "Connections accepted."), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.Connections.Accepted) }},
+	{desc("connections_open", "Connections that are open."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Connections.Open) }},
+	{desc("connections_limit", "Connections that may be open at once; further ones end with outcome limited."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Connections.Limit) }},
+	{desc("probe_connections_total", "Connections that left without a byte, as load balancers' probes do. They are among those with outcome ok."), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.Connections.Probes) }},
+	{desc("spliced_bytes_total", "Of tlsnat_bytes_total those that splice(2) moved without user space."), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.Bytes.Spliced) }},
+	{desc("handshakes_waiting", "ClientHellos that wait for their turn to shake hands."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Handshakes.Queued) }},
+	{desc("accept_pauses_total", "Times that accepting rested, being out of descriptors or memory."), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.AcceptPauses) }},
+	{desc("log_lines_dropped_total", "Log lines dropped because whatever they are written to did not take them."), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.LinesDropped) }},
+	{desc("draining", "1 while the gateway drains."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return number(s.Draining) }},
+	{desc("config_generation", "Number of the configuration that new connections get."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Generation) }},
+	{desc("certificates", "Certificates that are served."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Certificates) }},
+}
+
+func number(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// Describe and Collect make the Server a prometheus.Collector.
+func (s *Server) Describe(to chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, certDesc, buildDesc} {
+		to <- d
+	}
+	for i := range plainMetrics {
+		to <- plainMetrics[i].desc
+	}
+}
+
+// Collect reads everything once.
+func (s *Server) Collect(to chan<- prometheus.Metric) {
+	status := s.status()
+	send := func(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) {
+		to <- prometheus.MustNewConstMetric(d, kind, v, labels...)
+	}
+	for _, m := range plainMetrics {
+		send(m.desc, m.kind, m.value(&status))
+	}
+	for outcome, n := range status.Connections.Outcomes {
+		send(outcomesDesc, prometheus.CounterValue, float64(n), outcome)
+	}
+	send(bytesDesc, prometheus.CounterValue, float64(status.Bytes.Up), "up")
+	send(bytesDesc, prometheus.CounterValue, float64(status.Bytes.Down), "down")
+	for _, k := range status.Handshakes.Kinds {
+		send(handshakesDesc, prometheus.CounterValue, float64(k.Count), k.Version, k.Group, strconv.FormatBool(k.Resumed))
+	}
+	s.collectCerts(send)
+	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
+}
+
+// collectCerts tells certificates apart by their first name, key and file. If that's not enough the one that expires
+// first counts.
+func (s *Server) collectCerts(send func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
+	type labels struct{ name, key, file string }
+	seen := map[labels]bool{}
+	for _, c := range s.gateway.Certificates(certGauges) {
+		l := labels{firstName(&c), c.KeyType, strings.ToValidUTF8(c.File, "?")} // a path may be any bytes, a label not
+		if !seen[l] {
+			seen[l] = true
+			send(certDesc, prometheus.GaugeValue, float64(c.NotAfter.Unix()), l.name, l.key, l.file)
+		}
+	}
+}
+
+func firstName(c *gateway.CertInfo) string {
+	switch {
+	case len(c.Names) > 0:
+		return c.Names[0]
+	case len(c.Addrs) > 0:
+		return c.Addrs[0].String()
+	}
+	return ""
+}

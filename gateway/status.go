@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// Status is how the gateway is doing. Counts are since its start.
+type Status struct {
+	Started    time.Time `json:"started"`
+	Draining   bool      `json:"draining"`
+	Generation uint64    `json:"generation"` // number of the configuration that new connections get
+	Loops      int       `json:"loops"`
+
+	Connections ConnectionCounts `json:"connections"`
+	Bytes       ByteCounts       `json:"bytes"`
+	Handshakes  HandshakeCounts  `json:"handshakes"`
+
+	AcceptPauses uint64   `json:"accept_pauses"` // out of descriptors or memory
+	LinesDropped uint64   `json:"log_lines_dropped"`
+	Rules        int      `json:"rules"`
+	Certificates int      `json:"certificates"`
+	Ports        int      `json:"ports"`  // listened on
+	Listens      []string `json:"listen"` // the ports as ranges, at most maxListens of them
+}
+
+// ConnectionCounts add up: what was accepted is open or has an outcome.
+type ConnectionCounts struct {
+	Accepted uint64            `json:"accepted"`
+	Open     int64             `json:"open"`
+	Limit    int               `json:"limit"`
+	Probes   uint64            `json:"probes"` // came and left without a byte; their outcome is ok
+	Outcomes map[string]uint64 `json:"outcomes"`
+}
+
+// ByteCounts are bytes as the application counts them: without TLS around them. They include connections that are
+// open.
+type ByteCounts struct {
+	Up      uint64 `json:"up"` // client to backend
+	Down    uint64 `json:"down"`
+	Spliced uint64 `json:"spliced"` // of both: those that never came to user space
+}
+
+// HandshakeCounts are those that were finished, by what was agreed on, and those that wait.
+type HandshakeCounts struct {
+	Full    uint64          `json:"full"`
+	Resumed uint64          `json:"resumed"`
+	Queued  int             `json:"queued"` // hellos that wait for their turn
+	Kinds   []HandshakeKind `json:"kinds"`
+}
+
+// HandshakeKind is how many handshakes agreed on the same things. All kinds there are are listed, those that did not
+// happen too.
+type HandshakeKind struct {
+	Version string `json:"version"` // "1.3"
+	Group   string `json:"group"`   // "none" when a TLS 1.2 session was resumed: there was no key exchange
+	Resumed bool   `json:"resumed"`
+	Count   uint64 `json:"count"`
+}
+
+// The kinds of handshakes. The lists are closed, since they become labels of metrics.
+const (
+	tlsVersions = 2
+	tlsGroups   = 5
+)
+
+var (
+	versionLabels = [tlsVersions]string{"1.2", "1.3"}
+	groupLabels   = [tlsGroups]string{"none", "X25519MLKEM768", "X25519", "P-256", "other"}
+)
+
+func groupIndex(id tls.CurveID) int {
+	switch id {
+	case 0:
+		return 0
+	case tls.X25519MLKEM768:
+		return 1
+	case tls.X25519:
+		return 2
+	case tls.CurveP256:
+		return 3
+	}
+	return 4
+}
+
+func (n *counters) shookHands(r *report) {
+	version, resumed := 0, 0
+	if r.version == tls.VersionTLS13 {
+		version = 1
+	}
+	if r.resumed {
+		resumed = 1
+	}
+	n.handshakes[version][groupIndex(r.group)][resumed].Add(1)
+}
+
+// maxListens bounds the list of ports in a Status; a map may listen on 200,000 of them.
+const maxListens = 256
+
+// Status sums what the loops have counted. It doesn't ask them, so it costs them nothing.
+func (g *Gateway) Status() Status {
+	gen := g.current.Load()
+	listens := gen.config.Map.Listens()
+	s := Status{Started: g.started, Draining: g.Draining(), Generation: gen.number, Loops: len(g.loops),
+		LinesDropped: g.lines.dropped.Load(), Rules: len(gen.config.Map.Rules), Certificates: len(gen.certificates())}
+	for i, l := range listens {
+		s.Ports += l.Len()
+		if i < maxListens {
+			s.Listens = append(s.Listens, l.String())
+		}
+	}
+	g.sum(&s)
+	return s
+}
+
+// sum reads the ends before the beginnings, so that never more connections have ended than were accepted.
+func (g *Gateway) sum(s *Status) {
+	c := &s.Connections
+	c.Outcomes = make(map[string]uint64, outcomes)
+	for o := range outcomes {
+		c.Outcomes[o.String()] = g.total(func(n *counters) *atomic.Uint64 { return &n.outcomes[o] })
+	}
+	c.Probes = g.total(func(n *counters) *atomic.Uint64 { return &n.probes })
+	c.Open, c.Limit = g.open.Load(), g.maxConns
+	c.Accepted = g.total(func(n *counters) *atomic.Uint64 { return &n.accepted })
+	s.Bytes.Up = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesUp })
+	s.Bytes.Down = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesDown })
+	s.Bytes.Spliced = g.total(func(n *counters) *atomic.Uint64 { return &n.spliced })
+	s.AcceptPauses = g.total(func(n *counters) *atomic.Uint64 { return &n.acceptRests })
+	g.sumHandshakes(&s.Handshakes)
+}
+
+func (g *Gateway) sumHandshakes(h *HandshakeCounts) {
+	for _, l := range g.loops {
+		h.Queued += int(l.queue.n.Load())
+	}
+	for v, version := range versionLabels {
+		for i, group := range groupLabels {
+			full := g.total(func(n *counters) *atomic.Uint64 { return &n.handshakes[v][i][0] })
+			resumed := g.total(func(n *counters) *atomic.Uint64 { return &n.handshakes[v][i][1] })
+			h.Full += full
+			h.Resumed += resumed
+			h.Kinds = append(h.Kinds, HandshakeKind{version, group, false, full}, HandshakeKind{version, group, true, resumed})
+		}
+	}
+}
+
+func (g *Gateway) total(which func(*counters) *atomic.Uint64) (n uint64) {
+	for _, l := range g.loops {
+		n += which(&l.counters).Load()
+	}
+	return n
+}
+
+// ConnInfo is what the admin shows of a connection. The names are those of its line in the log.
+type ConnInfo struct {
+	ID      string         `json:"id"`
+	Listen  string         `json:"listen"`
+	Client  netip.AddrPort `json:"client"`
+	Peer    netip.AddrPort `json:"peer"`
+	SNI     string         `json:"sni,omitempty"`
+	TLS     string         `json:"tls,omitempty"`
+	Rule    string         `json:"rule,omitempty"`
+	Mode    string         `json:"mode,omitempty"`
+	Backend string         `json:"backend,omitempty"`
+	Stage   string         `json:"stage"` // what it waits for, or waited for when it ended
+	Up      int64          `json:"bytes_up"`
+	Down    int64          `json:"bytes_down"`
+
+	began, moved int64 // loop nanoseconds
+}
+
+// OpenConn is a connection that is open.
+type OpenConn struct {
+	ConnInfo
+	AgeMS  int64 `json:"age_ms"`
+	IdleMS int64 `json:"idle_ms"` // since bytes moved last
+}
+
+// EndedConn is one that is over.
+type EndedConn struct {
+	ConnInfo
+	Outcome    string `json:"outcome"`
+	Error      string `json:"error,omitempty"`
+	DurationMS int64  `json:"duration_ms"`
+	AgoMS      int64  `json:"ago_ms"` // since it ended
+}
+
+// A loop looks at so many of its connections when it is asked for them: a fraction of a millisecond, that the others
+// have to wait. When it has more, which of them it looks at is left to chance.
+const glance = 4096
+
+// Conns are the newest connections that are open, at most limit of them; of a loop with more than 4096 the newest of
+// as many, picked by chance. A loop that doesn't answer before ctx is done is left out.
+func (g *Gateway) Conns(ctx context.Context, limit int) []OpenConn {
+	all := ask(ctx, g, func(l *loop) []OpenConn { return l.newest(limit) })
+	slices.SortFunc(all, func(a, b OpenConn) int { return cmp.Compare(b.began, a.began) })
+	return all[:min(limit, len(all))]
+}
+
+// Ended are the connections that ended last, the latest first, at most limit of them. Load balancers' probes are left
+// out: they would push out everything else.
+func (g *Gateway) Ended(ctx context.Context, limit int) []EndedConn {
+	all := ask(ctx, g, func(l *loop) []EndedConn { return l.ended.list(l.now) })
+	slices.SortFunc(all, func(a, b EndedConn) int { return cmp.Compare(a.AgoMS, b.AgoMS) })
+	return all[:min(limit, len(all))]
+}
+
+// ask has f run on every loop and joins the answers. Loops that are over have none.
+func ask[T any](ctx context.Context, g *Gateway, f func(*loop) []T) (all []T) {
+	answers := make([]chan []T, len(g.loops))
+	for i, l := range g.loops {
+		answer := make(chan []T, 1) // the loop doesn't wait for somebody to take it
+		answers[i] = answer
+		l.post(func() { answer <- f(l) })
+	}
+	for i, l := range g.loops {
+		select {
+		case a := <-answers[i]:
+			all = append(all, a...)
+		case <-l.done:
+		case <-ctx.Done():
+			return all
+		}
+	}
+	return all
+}
+
+func (l *loop) newest(limit int) []OpenConn {
+	top := l.newestConns(limit)
+	infos := make([]OpenConn, len(top))
+	for i, c := range top {
+		o := &infos[i]
+		o.ConnInfo = c.report.info()
+		o.Stage, o.Up, o.Down = c.stage.String(), c.up.moved, c.down.moved
+		o.AgeMS, o.IdleMS = millis(l.now-c.report.accepted), millis(l.now-c.active)
+	}
+	return infos
+}
+
+// newestConns keeps the newest in order while it looks, which is several times faster than to sort all.
+func (l *loop) newestConns(limit int) (top []*conn) {
+	newer := func(a, b *conn) int { return cmp.Compare(b.report.accepted, a.report.accepted) }
+	looked := 0
+	for c := range l.conns {
+		if looked++; looked > glance || limit == 0 {
+			break
+		}
+		if len(top) == limit {
+			if newer(c, top[limit-1]) >= 0 {
+				continue
+			}
+			top = top[:limit-1]
+		}
+		at, _ := slices.BinarySearchFunc(top, c, newer)
+		top = slices.Insert(top, at, c)
+	}
+	return top
+}
+
+func millis(d int64) int64 { return d / int64(time.Millisecond) }
+
+func (r *report) info() ConnInfo {
+	i := ConnInfo{ID: r.idText(), Listen: r.listen.name, Client: r.source, Peer: r.peer, SNI: r.sni, Backend: r.backend,
+		Stage: r.stage.String(), Up: r.up, Down: r.down, began: r.accepted}
+	if r.version != 0 {
+		i.TLS = r.versionNumber()
+	}
+	if r.route != nil {
+		i.Rule, i.Mode = r.route.label, r.route.modeName()
+	}
+	return i
+}
+
+// versionNumber is "1.2" or "1.3", as the log and the metrics write it.
+func (r *report) versionNumber() string {
+	if r.version == tls.VersionTLS13 {
+		return versionLabels[1]
+	}
+	return versionLabels[0]
+}
+
+// endedRing holds the last connections of a loop that are over.
+type endedRing struct {
+	ring [32]endedEntry
+	next int
+}
+
+type endedEntry struct {
+	report report
+	at     int64 // loop nanoseconds; 0: none
+}
+
+func (e *endedRing) add(r *report, now int64) {
+	if r.probe || r.local {
+		return
+	}
+	e.ring[e.next] = endedEntry{*r, now}
+	e.next = (e.next + 1) % len(e.ring)
+}
+
+func (e *endedRing) list(now int64) (all []EndedConn) {
+	for i := range e.ring {
+		if entry := &e.ring[i]; entry.at != 0 {
+			r := &entry.report
+			all = append(all, EndedConn{ConnInfo: r.info(), Outcome: r.outcome.String(), Error: r.err,
+				DurationMS: millis(entry.at - r.accepted), AgoMS: millis(now - entry.at)})
+		}
+	}
+	return all
+}
+
+// RuleInfo is a rule of the map and how much it was used.
+type RuleInfo struct {
+	Rule     string       `json:"rule"` // file:line
+	Listen   string       `json:"listen"`
+	Name     string       `json:"name,omitempty"`
+	Action   string       `json:"action"`
+	Mode     string       `json:"mode"`
+	Backends []string     `json:"backends,omitempty"`
+	Options  []RuleOption `json:"options,omitempty"`
+	Open     uint64       `json:"connections_open"`
+	Total    uint64       `json:"connections_total"`
+}
+
+// RuleOption is an option of a rule and where it comes from.
+type RuleOption struct {
+	Key   string `json:"key"`
+	Value string `json:"value"`
+	From  string `json:"from"` // file:line:col
+}
+
+// Rules are the rules of the map in its order, at most limit of them.
+func (g *Gateway) Rules(limit int) []RuleInfo {
+	gen := g.current.Load()
+	rules := gen.config.Map.Rules
+	infos := make([]RuleInfo, min(limit, len(rules)))
+	for i := range infos {
+		infos[i] = gen.routes[rules[i]].info()
+	}
+	return infos
+}
+
+func (r *route) info() RuleInfo {
+	i := RuleInfo{Rule: r.label, Listen: r.rule.Listen.String(), Name: r.rule.Name, Action: r.rule.Action.String(), Mode: r.modeName()}
+	if r.rule.Action == natmap.Forward {
+		for _, b := range r.rule.Backends {
+			i.Backends = append(i.Backends, b.String())
+		}
+	}
+	for _, s := range r.rule.Settings {
+		i.Options = append(i.Options, RuleOption{s.Key, s.Value, s.Pos.String()})
+	}
+	over := r.ended.Load() // before entered: it never gets ahead of that
+	i.Total = r.entered.Load()
+	i.Open = i.Total - over
+	return i
+}
+
+// CertInfo is a certificate.
+type CertInfo struct {
+	Names     []string     `json:"names,omitempty"`
+	Addrs     []netip.Addr `json:"addresses,omitempty"`
+	KeyType   string       `json:"key"`
+	Issuer    string       `json:"issuer"`
+	NotBefore time.Time    `json:"not_before"`
+	NotAfter  time.Time    `json:"not_after"`
+	File      string       `json:"file"`
+}
+
+// Certificates are those that are served, the one that expires first comes first; at most limit of them.
+func (g *Gateway) Certificates(limit int) []CertInfo {
+	all := g.current.Load().certificates()
+	infos := make([]CertInfo, min(limit, len(all)))
+	for i := range infos {
+		c := all[i]
+		infos[i] = CertInfo{c.Names, c.Addrs, c.KeyType, c.Issuer, c.NotBefore, c.NotAfter, c.CertFile}
+	}
+	return infos
+}
+
+// certificates are those of the store, each once, by the time when they expire.
+func (gen *generation) certificates() []*certs.Certificate {
+	gen.certOnce.Do(func() {
+		seen := map[*certs.Certificate]bool{}
+		for _, e := range gen.config.Certs.Entries() {
+			for _, c := range e.Certs {
+				if !seen[c] {
+					seen[c] = true
+					gen.certList = append(gen.certList, c)
+				}
+			}
+		}
+		slices.SortStableFunc(gen.certList, func(a, b *certs.Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
+	})
+	return gen.certList
+}
+
+// GenerationInfo is a configuration that connections run under.
+type GenerationInfo struct {
+	Number       uint64    `json:"generation"`
+	Since        time.Time `json:"since"`
+	Rules        int       `json:"rules"`
+	Certificates int       `json:"certificates"`
+	Open         int64     `json:"connections_open"`
+	Current      bool      `json:"current"` // new connections get it
+}
+
+// Generations are the configurations that are in use.
+func (g *Gateway) Generations() []GenerationInfo {
+	gen := g.current.Load()
+	return []GenerationInfo{{Number: gen.number, Since: gen.made, Rules: len(gen.config.Map.Rules),
+		Certificates: len(gen.certificates()), Open: g.open.Load(), Current: true}}
+}
