@@ -127,13 +127,13 @@ func readFile(dir, path string) *file {
 	if name, err := filepath.Rel(dir, path); err == nil {
 		f.name = name
 	}
-	data, mode, err := readBounded(path)
+	data, info, err := readBounded(path)
 	if err != nil {
 		f.broken = true
 		reportUnreadable(path, err, &f.problems)
 		return f
 	}
-	f.mode = mode
+	f.mode, f.lent = info.Mode(), lentToGroup(info)
 	f.parse(data)
 	clear(data) // it may hold a key
 	return f
@@ -148,27 +148,27 @@ var (
 // the open of a pipe would wait for a writer.
 //
 //	openat(path, O_RDONLY|O_NONBLOCK) fstat read… close
-func readBounded(path string) ([]byte, fs.FileMode, error) {
+func readBounded(path string) ([]byte, fs.FileInfo, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	switch {
 	case err != nil:
-		return nil, 0, err
+		return nil, nil, err
 	case !info.Mode().IsRegular():
-		return nil, 0, errNotRegular
+		return nil, nil, errNotRegular
 	case info.Size() > maxFile:
-		return nil, 0, errTooLarge
+		return nil, nil, errTooLarge
 	}
 	data := make([]byte, info.Size())
 	n, err := io.ReadFull(f, data) // a file that is growing is read as far as it was
 	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
-		return nil, 0, err
+		return nil, nil, err
 	}
-	return data[:n], info.Mode(), nil
+	return data[:n], info, nil
 }
 
 func reportUnreadable(path string, err error, r *report) {
@@ -220,12 +220,19 @@ func owner(info fs.FileInfo) uint32 {
 	return 0
 }
 
+// lentToGroup says whether the file is root's and a group other than root's may read it, and nobody else: that is how
+// a service without rights of its own is given a key that it can't change. PostgreSQL accepts the same.
+func lentToGroup(info fs.FileInfo) bool {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && st.Uid == 0 && st.Gid != 0 && info.Mode().Perm()&0o037 == 0
+}
+
 // warnOpenKeys warns once a directory of private keys that others can read, since one mistake made them all so.
 func warnOpenKeys(files []*file, r *report) {
 	open := make(map[string][]*file)
 	var dirs []string
 	for _, f := range files {
-		if len(f.keys) == 0 || f.mode.Perm()&0o077 == 0 {
+		if len(f.keys) == 0 || f.mode.Perm()&0o077 == 0 || f.lent {
 			continue
 		}
 		dir := filepath.Dir(f.path)

@@ -27,6 +27,7 @@ type file struct {
 	path     string // as it was opened
 	name     string // below the directory, for messages about another file
 	mode     fs.FileMode
+	lent     bool // to a group, by root: see lentToGroup
 	certs    []*cert
 	keys     []*key
 	broken   bool // something in it was an error

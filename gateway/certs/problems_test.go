@@ -89,6 +89,13 @@ var complaints = []struct {
 		[]string{`error DIR/b.key:1: private key is larger than RSA-8192; make a new key with: openssl ecparam -name prime256v1 -genkey -noout`}, []string{"a.example = ECDSA P-256"}},
 	{"a key that others can read", func(w *world) { w.pair(w.a); os.Chmod(filepath.Join(w.dir, "a.key"), 0o640) },
 		[]string{`warning DIR/a.key: the private key can be read by others: mode 0640; run: chmod 600 DIR/a.key`}, []string{"a.example = ECDSA P-256"}},
+	{"a key that root lends to a group", func(w *world) {
+		w.pair(w.a)
+		if err := os.Chown(filepath.Join(w.dir, "a.key"), 0, 65534); err != nil {
+			w.T.Skip("only root can give a file away:", err)
+		}
+		os.Chmod(filepath.Join(w.dir, "a.key"), 0o640)
+	}, nil, []string{"a.example = ECDSA P-256"}},
 	{"many keys that others can read", func(w *world) {
 		w.pair(w.a)
 		b := leaf(w.T, w.inter, "b.example")
