@@ -138,6 +138,9 @@ func (p *process) pss() (int64, error) {
 
 func pssOf(pid int) (int64, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if errors.Is(err, os.ErrPermission) {
+		return 0, fmt.Errorf("%w: tlsnat can't be dumped, so it shows its memory to root only; run the benchmarks as root", err)
+	}
 	if err != nil {
 		return 0, err
 	}

@@ -149,6 +149,7 @@ func (d *dialling) socket(g *Gateway) (int32, unix.Errno) {
 	if family != unix.AF_UNIX {
 		setNodelay(int32(fd))
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle)
 	}
 	if err := unix.Connect(fd, sa); err != nil && err != unix.EINPROGRESS {
 		_ = unix.Close(fd)

@@ -93,7 +93,7 @@ func (r *report) path() string {
 	case r.spliced:
 		return "splice"
 	}
-	return "copy"
+	return "user" // small messages are cheaper copied than spliced
 }
 
 // level is info for what ends well or is the client's affair, warn for what an operator should look at.

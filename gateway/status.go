@@ -177,7 +177,7 @@ type ConnInfo struct {
 	Up      int64          `json:"bytes_up"`
 	Down    int64          `json:"bytes_down"`
 
-	began, moved int64 // loop nanoseconds
+	began int64 // loop nanoseconds
 }
 
 // OpenConn is a connection that is open.

@@ -134,14 +134,14 @@ func (c *conn) silence() int64 {
 // ordinary end; in the middle of things they see a reset, so that half an answer isn't taken for a whole one.
 func (c *conn) cut(o Outcome, why string) {
 	if c.stage == shakingHands {
-		c.giveUpHandshake(why)
 		c.tell(o, why)
+		c.giveUpHandshake(why)
 		return
 	}
 	if c.stage == waitingTurn {
 		c.loop.queue.remove(c)
 	}
-	quiet := c.loop.now-c.active > int64(time.Second) && !c.up.stuck() && !c.down.stuck()
+	quiet := (o == Idle || c.loop.now-c.active > int64(time.Second)) && !c.up.stuck() && !c.down.stuck()
 	if c.stage == relaying && quiet {
 		c.sayGoodbye()
 	} else {

@@ -516,7 +516,7 @@ func TestNumbersAddUpWhileTheyChange(t *testing.T) {
 					return
 				}
 				_ = c.SetDeadline(time.Now().Add(patience))
-				if _, err := io.WriteString(c, "ping"); err == nil {
+				if _, err = io.WriteString(c, "ping"); err == nil {
 					_, err = io.ReadFull(c, make([]byte, 4))
 				}
 				if err != nil {
