@@ -171,8 +171,7 @@ func (c *conn) gather(limit int) (b []byte, ended bool, errno unix.Errno) {
 	case e != 0:
 		s.failed = e
 		return c.pending, true, e
-	case n == 0:
-		s.readable = false
+	case n == 0: // still readable: whoever comes next has to see the end, too
 		return c.pending, true, s.failed
 	}
 	s.readable = n == len(into) || s.hup || s.exact
