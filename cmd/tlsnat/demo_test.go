@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -112,6 +113,9 @@ func TestDemoGoesOnWithoutItsAdminPage(t *testing.T) {
 // TestDemoEndsWithItsTerminal sends what a terminal that is closed sends.
 func TestDemoEndsWithItsTerminal(t *testing.T) {
 	demoPort(t)
+	caught := make(chan os.Signal, 1) // where these tests run under nohup the demo would inherit that the signal is ignored
+	signal.Notify(caught, syscall.SIGHUP)
+	defer signal.Stop(caught)
 	p := launch(t, command(t, t.TempDir(), []string{"TLSNAT_ADMIN=off"}, "demo"))
 	p.out.await(t, "stop")
 	p.signal(t, syscall.SIGHUP)
