@@ -507,8 +507,8 @@ func TestAcceptSurvivesRunningOutOfDescriptors(t *testing.T) {
 	if got := e.descriptors(t, "socket:") - sockets; got >= n {
 		t.Errorf("%d connections with descriptors for about %d", got, room)
 	}
-	closeAll(in[:n/2]) // some of them are in, the others wait
-	for _, c := range in[n/2:] {
+	closeAll(in[:n-room/2]) // some of them are in, the others wait; for those that stay there is room then
+	for _, c := range in[n-room/2:] {
 		_ = c.SetDeadline(time.Now().Add(patience))
 		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\n\r\n"); err != nil {
 			t.Fatal(err)

@@ -170,7 +170,11 @@ func (c *conn) connect() stage {
 		return connecting
 	}
 	if s.hup {
-		if e := takeError(s.fd); e != 0 {
+		switch e := takeError(s.fd); e {
+		case 0:
+		case unix.ECONNRESET: // it took the connection and reset it: that is an answer, and goes on to the client
+			s.failed = e
+		default:
 			return c.nextBackend(e.Error())
 		}
 	}

@@ -136,6 +136,52 @@ func TestKeysAreRenewedInTime(t *testing.T) {
 	c.finish(OK, "")
 }
 
+// TestUpdateRequestsOfAClientThatDoesNotRead cost nothing: while its stream is stuck one answer does for all of them.
+func TestUpdateRequestsOfAClientThatDoesNotRead(t *testing.T) {
+	r := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp").rehearse(t, 1)
+	for !r.c.down.stuck() {
+		r.backend.say(64 << 10)
+		r.goRound()
+	}
+	held := len(r.c.down.out)
+	const requests = 25_000 // the answers would be more than the 512 KiB that a connection may hold
+	for range requests {
+		r.client.say(4096)
+		r.client.updateKeys(true)
+		r.client.flush()
+		r.goRound()
+		r.backend.hear(t, 8192, r.client)
+	}
+	if r.backend.got != requests*4096 {
+		t.Errorf("%d of %d bytes reached the backend", r.backend.got, requests*4096)
+	}
+	if grown := len(r.c.down.out) - held; grown > 0 {
+		t.Errorf("%d requests for new keys made us hold %d bytes more", requests, grown)
+	}
+	r.end(t)
+}
+
+// TestQuietConnectionIsParked: without its key schedules, which are most of what it costs, and awake with the next byte,
+// as often as it goes quiet.
+func TestQuietConnectionIsParked(t *testing.T) {
+	r := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp").rehearse(t, 1)
+	for range 3 {
+		r.client.say(100)
+		r.client.flush()
+		r.goRound()
+		r.backend.hear(t, 100, r.client)
+		if r.c.parked {
+			t.Fatal("it is parked while bytes move")
+		}
+		r.started = r.started.Add(-parkAfter - 2<<tickShift) // time passes
+		r.goRound()
+		if !r.c.parked {
+			t.Fatalf("it is not parked after %v of silence", parkAfter)
+		}
+	}
+	r.end(t)
+}
+
 // TestAcceptRestsWhenTheKernelIsShortOfMemory: it tries again later and less and less often, and loses nobody.
 func TestAcceptRestsWhenTheKernelIsShortOfMemory(t *testing.T) {
 	for _, e := range []unix.Errno{unix.ENOBUFS, unix.ENOMEM, unix.EMFILE, unix.ENFILE} {
