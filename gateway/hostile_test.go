@@ -1136,13 +1136,6 @@ func (r *slowReader) Read(p []byte) (int, error) {
 	return r.Reader.Read(p[:min(len(p), r.n)])
 }
 
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) {
-	clear(p)
-	return len(p), nil
-}
-
 // witness is a backend that says nothing, and tells exactly what it was sent and how that ended.
 type witness struct {
 	addr  string
