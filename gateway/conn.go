@@ -135,7 +135,7 @@ func (c *conn) ready(s *socket, events uint32) {
 		s.writable = true
 	}
 	s.exact = s.exact || events&unix.EPOLLPRI != 0
-	if events&unix.EPOLLERR != 0 && s.failed == 0 && c.stage != connecting {
+	if events&unix.EPOLLERR != 0 && s.failed == 0 && (s == &c.client || c.stage != connecting) {
 		s.failed = takeError(s.fd) // 0 when a system call has taken it already
 	}
 	if c.stage == relaying && max(c.up.batch, c.down.batch) >= streaming {

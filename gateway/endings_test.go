@@ -425,6 +425,27 @@ func TestEndBehindTheHelloIsCarriedOver(t *testing.T) {
 	}
 }
 
+// TestClientThatLeavesWhileABackendIsSoughtIsLetGo at once, not when the search is over.
+func TestClientThatLeavesWhileABackendIsSoughtIsLetGo(t *testing.T) {
+	b := start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} -> %[1]s mode=tcp", silentServer(t)), "CONNECT_TIMEOUT=40s")
+	for i, mode := range []string{"terminate", "tcp"} {
+		t.Run(mode, func(t *testing.T) {
+			c := b.dial(t, i)
+			if mode == "terminate" {
+				if err := tls.Client(c, clientConfig(t, nil)).Handshake(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			waitDelivered(t, c)
+			b.settle(t)
+			reset(c)
+			if l := b.lineOf(t, c); l.Outcome != "client_reset" || l.Stage != "connect" || l.DurationMS > 20_000 {
+				t.Errorf("line: %s", l)
+			}
+		})
+	}
+}
+
 // TestHalfCloseKeepsReply: a client that ends its stream gets its answer however long that takes, and however slowly
 // it comes: the linger timeout counts silence, not time.
 func TestHalfCloseKeepsReply(t *testing.T) {
@@ -524,6 +545,7 @@ func TestSlowReaderBoundsMemory(t *testing.T) {
 				}
 				stuck.Wait()
 			})
+			t.Logf("%d bytes for a client that does not read", grown/conns)
 			if grown > conns*each {
 				t.Errorf("%d clients that do not read cost %d KiB", conns, grown>>10)
 			}
