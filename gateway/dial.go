@@ -240,8 +240,8 @@ func (r *route) candidate(first, n int) *backend {
 	return r.backup[n-len(r.primary)]
 }
 
-// mixTurns spreads backends over a round so that each gets its weight and none its turns in a row where that can be
-// avoided: the one that is most behind its share is next (nginx's smooth weighted round-robin).
+// mixTurns spreads backends over a round so that each gets exactly its weight, evenly mixed: the one that is most
+// behind its share is next (nginx's smooth weighted round-robin).
 func mixTurns(weights []int) []uint16 {
 	total, divisor := 0, 0
 	for _, w := range weights {
