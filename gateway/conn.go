@@ -26,6 +26,7 @@ type conn struct {
 	busy      bool // in the loop's queue of those that go on later
 	counted   bool // among the connections that TLSNAT_MAX_CONNS counts
 	parked    bool // quiet: the key schedules were let go
+	kept      bool // quiet once: the backend's socket has keepalive
 	lastWords bool // an alert is on its way to the client: no reset must overtake it
 	skimmed   int32
 

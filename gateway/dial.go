@@ -116,7 +116,7 @@ func (d *dialling) advance(c *conn) bool {
 
 // openSocket begins to connect to the current candidate: 0 when that is done already, EINPROGRESS when it takes a while.
 //
-//	socket, setsockopt(TCP_NODELAY), connect -> EINPROGRESS, epoll_ctl
+//	socket, setsockopt(TCP_NODELAY), setsockopt(TCP_QUICKACK), connect -> EINPROGRESS, epoll_ctl
 func (c *conn) openSocket(d *dialling) unix.Errno {
 	s := &c.backend
 	fd, e := d.socket(c.loop.gw)
@@ -147,9 +147,8 @@ func (d *dialling) socket(g *Gateway) (int32, unix.Errno) {
 		return -1, err.(unix.Errno)
 	}
 	if family != unix.AF_UNIX {
-		setNodelay(int32(fd))
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle)
+		setNodelay(int32(fd)) // keepalive comes with the first silence: park
+		delayAcks(int32(fd))  // that of the connection itself goes with the first request
 	}
 	if err := unix.Connect(fd, sa); err != nil && err != unix.EINPROGRESS {
 		_ = unix.Close(fd)

@@ -99,9 +99,14 @@ func (c *conn) noCertificate() string {
 
 func (l *loop) maxInFlight() int { return max(1, l.gw.settings.Handshakes/len(l.gw.loops)) }
 
+// turnFree says whether somebody waits for a turn and may have it.
+func (l *loop) turnFree() bool {
+	return len(l.queue.waiting) > 0 && l.active.Load() < computing && l.inFlight < l.maxInFlight()
+}
+
 // startHandshakes gives turns to those who wait for one.
 func (l *loop) startHandshakes() {
-	for len(l.queue.waiting) > 0 && l.active.Load() < computing && l.inFlight < l.maxInFlight() {
+	for l.turnFree() {
 		c := l.queue.pop()
 		l.inFlight++
 		l.active.Add(1)
@@ -109,12 +114,48 @@ func (l *loop) startHandshakes() {
 		c.hs.begin(c)
 		c.stage = shakingHands
 		c.setDeadline(int64(l.gw.settings.HelloTimeout))
-		go c.hs.run()
+		l.shakers.run(c.hs)
 	}
 }
 
+// shakers are goroutines that run a loop's handshakes. A few stay when they are done: a handshake needs a stack of 32 KiB
+// or so, and to grow a new one to that size costs as much as all its other memory.
+type shakers struct {
+	work chan *handshaker
+	idle atomic.Int32
+}
+
+// idleShakers is how many stay: those that compute, and one that comes back from its client's answer.
+const idleShakers = computing + 1
+
+func (s *shakers) run(h *handshaker) {
+	select {
+	case s.work <- h:
+	default:
+		go s.shake(h)
+	}
+}
+
+func (s *shakers) shake(h *handshaker) {
+	for h != nil {
+		h.run()
+		if s.idle.Add(1) > idleShakers {
+			s.idle.Add(-1)
+			return
+		}
+		h = <-s.work // nil: the loop has ended
+		s.idle.Add(-1)
+	}
+}
+
+// end lets the idle ones go. Nothing is run any more.
+func (s *shakers) end() { close(s.work) }
+
 // nudgeHandshake tells the handshake that its socket has news.
 func (c *conn) nudgeHandshake() stage {
+	if c.client.hup || c.client.exact {
+		c.hs.wire.cut.Store(true)
+	}
 	c.hs.wire.nudge()
 	return shakingHands
 }
@@ -216,7 +257,7 @@ func (h *handshaker) begin(c *conn) {
 	h.conn, h.entry, h.sni = c, c.terms.entry, c.report.sni
 	h.wire.clientRandom = c.terms.random
 	h.tickets = c.loop.gw.tickets.config()
-	h.wire.begin(c.loop, c.client.fd, c.pending)
+	h.wire.begin(c.loop, &c.client, c.pending)
 	c.pending, c.terms = nil, nil
 }
 
@@ -303,7 +344,7 @@ func (h *handshaker) done() {
 	c.hs = nil
 	err, state, sess, rest := h.err, h.state, h.session, h.wire.rest()
 	c.report.alertSent, c.report.alertReceived = h.wire.alert, h.wire.refusal
-	c.client.readable = true // what came meanwhile was the goroutine's business, and it stopped at the Finished
+	c.client.readable = !h.wire.drained || len(h.wire.news) > 0 || c.client.hup
 	c.client.writable = true
 	h.forget()
 	h.profile.giveBack(l, h)
@@ -433,10 +474,12 @@ func (h *handshaker) unwrapSession(ticket []byte, cs tls.ConnectionState) (*tls.
 type wire struct {
 	loop      *loop
 	fd        int32
-	news      chan struct{} // the loop's word that the socket has news
+	news      chan struct{} // the loop's word that the socket has news, after which a read is worth trying
 	buf       []byte        // read and not handed out: buf[off:]
 	off       int
-	left      int // of the record that is being handed out
+	left      int         // of the record that is being handed out
+	drained   bool        // there is nothing to read until the loop has news
+	cut       atomic.Bool // a short read does not mean "drained": the stream's end, or urgent data, is behind it
 	computing bool
 
 	clientRandom, serverRandom [32]byte
@@ -448,8 +491,10 @@ type wire struct {
 
 const wireBuffer = 4 << 10 // a hello, or a Finished with a request behind it
 
-func (w *wire) begin(l *loop, fd int32, hello []byte) {
-	w.loop, w.fd, w.computing, w.alert, w.refusal = l, fd, true, -1, 0
+func (w *wire) begin(l *loop, s *socket, hello []byte) {
+	w.loop, w.fd, w.computing, w.alert, w.refusal = l, s.fd, true, -1, 0
+	w.drained = !s.readable
+	w.cut.Store(s.hup || s.exact)
 	w.buf = append(w.buf[:0], hello...)
 	select {
 	case <-w.news: // meant for the connection before
@@ -481,14 +526,16 @@ func (w *wire) compute(on bool) {
 	if w.computing && !on {
 		w.computing = false
 		if w.loop.active.Add(-1) < computing && w.loop.queue.n.Load() > 0 {
-			w.loop.wake.ring() // somebody waits for this turn
+			w.loop.poll.wake() // somebody waits for this turn
 		}
 	}
 }
 
+// await waits for the loop's word that the socket has news.
 func (w *wire) await() {
 	w.compute(false)
 	<-w.news
+	w.drained = false
 }
 
 // Read hands out bytes of one record at a time.
@@ -532,15 +579,20 @@ func (w *wire) fill() error {
 		w.buf = append(make([]byte, 0, max(wireBuffer, 2*cap(w.buf))), w.buf...)
 	}
 	for {
-		n, e := sysRead(w.fd, w.buf[len(w.buf):cap(w.buf)])
+		if w.drained {
+			w.await()
+		}
+		room := w.buf[len(w.buf):cap(w.buf)]
+		n, e := sysRead(w.fd, room)
 		switch {
 		case e == unix.EAGAIN:
-			w.await()
+			w.drained = true
 		case e != 0:
 			return e
 		case n == 0:
 			return io.EOF
 		default:
+			w.drained = n < len(room) && !w.cut.Load()
 			w.buf = w.buf[:len(w.buf)+n]
 			return nil
 		}

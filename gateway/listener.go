@@ -94,15 +94,9 @@ func (ln *listener) open() error {
 	if err != nil {
 		return &ListenError{ln.name, err}
 	}
-	for _, o := range [...][3]int{
-		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
-		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
-	} {
-		_ = unix.SetsockoptInt(fd, o[0], o[1], o[2]) // a kernel without one of them still works
-	}
+	setNodelay(int32(fd))
+	delayAcks(int32(fd))
+	keepAlive(int32(fd))
 	if err := unix.Listen(fd, backlog); err != nil {
 		_ = unix.Close(fd)
 		return &ListenError{ln.name, err}

@@ -21,7 +21,6 @@ type loop struct {
 	index int
 	gw    *Gateway
 	poll  *poller
-	wake  waker
 
 	socks     []*socket // by descriptor
 	gens      uint32    // the last generation given to a socket
@@ -37,6 +36,7 @@ type loop struct {
 	lent    lender
 	pipes   pipes
 	queue   turnQueue
+	shakers shakers
 	fields  []zap.Field // of the line that is being logged
 	rounds  []uint32    // per route: how far the round-robin is
 
@@ -50,6 +50,7 @@ type loop struct {
 
 	mu     sync.Mutex
 	posted []func()
+	ran    []func() // the list that posted will be next
 	done   chan struct{}
 }
 
@@ -63,12 +64,9 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 		return nil, err
 	}
 	l := &loop{index: index, gw: g, poll: p, conns: map[*conn]struct{}{}, scratch: make([]byte, scratchSize),
-		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{})}
+		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan *handshaker)}}
 	l.tick()
 	l.wheel.done = l.now >> tickShift
-	if err := l.wake.open(l); err != nil {
-		return nil, err
-	}
 	return l, nil
 }
 
@@ -98,11 +96,10 @@ func (l *loop) run() {
 
 // look fetches what is ready, and sleeps until something is unless somebody waits for a turn.
 func (l *loop) look() ([]unix.EpollEvent, error) {
-	if len(l.later) > 0 {
-		l.poll.look()
+	if l.poll.look() || len(l.later) > 0 {
 		return l.poll.events[:l.poll.n], l.poll.fault
 	}
-	return l.poll.wait(l.now, l.wheel.next())
+	return l.poll.sleep(l.now, l.wheel.next(), l.hasNews)
 }
 
 func (l *loop) tick() { l.now = l.clock() }
@@ -223,21 +220,29 @@ func (l *loop) serveLater() {
 func (l *loop) post(f func()) {
 	l.mu.Lock()
 	l.posted = append(l.posted, f)
-	first := len(l.posted) == 1
 	l.mu.Unlock()
-	if first {
-		l.wake.ring()
-	}
+	l.poll.wake()
 }
 
+// hasNews says whether there is something to do that no event tells of: what was posted, or a turn to shake hands that
+// has become free.
+func (l *loop) hasNews() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.posted) > 0 || l.turnFree()
+}
+
+// runPosted runs what was posted. The two lists change places, so that posting allocates nothing.
 func (l *loop) runPosted() {
 	l.mu.Lock()
 	fs := l.posted
-	l.posted = nil
+	l.posted = l.ran
 	l.mu.Unlock()
 	for _, f := range fs {
 		f()
 	}
+	clear(fs)
+	l.ran = fs[:0]
 }
 
 // nextID numbers connections: the gateway's start in the upper half, so that numbers of two runs differ, the loop and
@@ -253,41 +258,7 @@ func (l *loop) closeAll() {
 	for _, ln := range l.listeners {
 		ln.close()
 	}
+	l.shakers.end()
 	l.pipes.close()
-	l.wake.close()
 	l.poll.close()
-}
-
-// waker makes a sleeping loop look at what was posted.
-type waker struct {
-	sock socket
-	mu   sync.Mutex // the loop's end must not close the number under somebody who is about to write to it
-}
-
-func (w *waker) open(l *loop) error {
-	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return err
-	}
-	w.sock = socket{fd: int32(fd), owner: w}
-	return l.watch(&w.sock)
-}
-
-// ring wakes the loop. The counter is never read: edge-triggered, each write is news by itself.
-func (w *waker) ring() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.sock.fd >= 0 {
-		one := [8]byte{1}
-		_, _ = sysWrite(w.sock.fd, one[:])
-	}
-}
-
-func (w *waker) ready(*socket, uint32) {}
-
-func (w *waker) close() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	_ = unix.Close(int(w.sock.fd))
-	w.sock.fd = -1
 }

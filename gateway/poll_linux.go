@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -26,7 +27,8 @@ type poller struct {
 	try    func(uintptr) bool // look, bound once so that waiting does not allocate
 	events [maxEvents]unix.EpollEvent
 	n      int
-	armed  int64 // the deadline that is set on file; 0: none
+	armed  int64       // the deadline that is set on file; 0: none
+	asleep atomic.Bool // in wait, or about to be: somebody who has news must wake it
 	fault  error
 }
 
@@ -57,15 +59,12 @@ func (p *poller) look() bool {
 	return p.n > 0
 }
 
-// wait returns what is ready; if nothing is, it sleeps until something is or deadline has come (loop nanoseconds,
-// 0: none).
+// sleep returns what is ready once something is, at the latest when deadline has come (loop nanoseconds, 0: never), or
+// at once if news says so: it is asked after which moment everybody who has news knows that the loop must be woken.
 //
-//	epoll_pwait(0)                         something is ready: that's all
-//	epoll_pwait(0) -> 0, park, epoll_pwait(0)   otherwise
-func (p *poller) wait(now, deadline int64) ([]unix.EpollEvent, error) {
-	if p.look() {
-		return p.events[:p.n], p.fault
-	}
+//	park, epoll_pwait(0)
+func (p *poller) sleep(now, deadline int64, news func() bool) ([]unix.EpollEvent, error) {
+	p.n = 0
 	if deadline != p.armed {
 		p.armed = deadline
 		var t time.Time
@@ -76,7 +75,14 @@ func (p *poller) wait(now, deadline int64) ([]unix.EpollEvent, error) {
 			return nil, fmt.Errorf("wait for events: %w", err)
 		}
 	}
-	if err := p.raw.Read(p.try); err != nil {
+	p.asleep.Store(true) // only now may wake set a deadline of its own
+	if news() {
+		p.asleep.Store(false)
+		return nil, nil
+	}
+	err := p.raw.Read(p.try)
+	p.asleep.Store(false)
+	if err != nil {
 		p.n = 0
 		p.armed = -1 // it is over; the next one has to be set, whatever it is
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -84,6 +90,17 @@ func (p *poller) wait(now, deadline int64) ([]unix.EpollEvent, error) {
 		}
 	}
 	return p.events[:p.n], p.fault
+}
+
+// longAgo as a deadline ends a sleep.
+var longAgo = time.Unix(1, 0)
+
+// wake ends the sleep, if there is one. It may be called from anywhere, and makes no system call: the deadline of the
+// sleeper is moved to the past. Should that come too late for this sleep, it ends the next one.
+func (p *poller) wake() {
+	if p.asleep.CompareAndSwap(true, false) {
+		_ = p.file.SetReadDeadline(longAgo)
+	}
 }
 
 // add watches fd for everything, edge-triggered: an edge says that there is news, and the conn remembers it until a

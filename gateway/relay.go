@@ -208,14 +208,27 @@ func (c *conn) passEnd(f *flow, to *socket) {
 	}
 	if to.tls != nil && !f.notified {
 		f.notified = true
-		c.send(f, to, to.tls.writer.AppendAlert(nil, record.AlertCloseNotify))
-		if f.stuck() {
+		if c.sayEnd(f, to); f.stuck() {
 			return // the FIN follows once the close_notify has gone
 		}
 	}
 	f.closed = true
+	if c.other(f).closed && to.hup && !to.readable {
+		return // both streams are over, and nothing is left unread: closing the socket sends the FIN
+	}
 	_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
 	c.setDeadline(int64(c.route.linger))
+}
+
+// sayEnd sends a close_notify, in one segment with the FIN that follows it.
+func (c *conn) sayEnd(f *flow, to *socket) {
+	b := to.tls.writer.AppendAlert(nil, record.AlertCloseNotify)
+	if len(b) == 0 {
+		return
+	}
+	n, e := sysSendMore(to.fd, b)
+	n = to.wrote(n, len(b), e)
+	f.hold(c.loop, b[n:])
 }
 
 // send writes b behind what is on its way to the socket already, and keeps what it would not take.

@@ -269,10 +269,18 @@ func (c *conn) violated() stage {
 	return c.startReset(TLSError, "")
 }
 
-// park lets the key schedules go.
+// park is for a connection that has become quiet: its key schedules are let go, and from now on the kernel asks whether
+// the backend is still there (the client's socket has that from its listener). Short connections are spared both.
 func (c *conn) park() {
-	if c.client.tls != nil && !c.parked {
-		c.parked = true
+	if c.parked {
+		return
+	}
+	c.parked = true
+	if !c.kept {
+		c.kept = true
+		keepAlive(c.backend.fd)
+	}
+	if c.client.tls != nil {
 		c.client.tls.reader.Park()
 		c.client.tls.writer.Park()
 	}

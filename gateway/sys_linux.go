@@ -25,6 +25,13 @@ func sysWrite(fd int32, p []byte) (int, unix.Errno) {
 	return int(n), e
 }
 
+// sysSendMore sends p with the next bytes, or with the FIN: it must be followed by one of them.
+func sysSendMore(fd int32, p []byte) (int, unix.Errno) {
+	n, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)),
+		unix.MSG_MORE|unix.MSG_NOSIGNAL, 0, 0)
+	return int(n), e
+}
+
 func sysReadv(fd int32, iov []unix.Iovec) (int, unix.Errno) {
 	n, _, e := unix.RawSyscall(unix.SYS_READV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
 	return int(n), e
@@ -115,6 +122,22 @@ func takeError(fd int32) unix.Errno {
 		return unix.ECONNRESET
 	}
 	return unix.Errno(v)
+}
+
+// delayAcks has the acknowledgement of what comes next wait for data of ours to go along with: a packet less for each
+// question that is answered at once.
+func delayAcks(fd int32) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0) }
+
+// keepAlive has the kernel ask a silent peer from time to time whether it is still there.
+func keepAlive(fd int32) {
+	for _, o := range [...][3]int{
+		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepaliveIdle},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
+	} {
+		_ = unix.SetsockoptInt(int(fd), o[0], o[1], o[2]) // a kernel without one of them still works
+	}
 }
 
 func setNodelay(fd int32) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) }
