@@ -21,7 +21,7 @@ type errand struct {
 	Do    string  // "backend", "stream" or "knock"
 	Addr  string  // the gateway
 	TLS   bool    // stream through TLS, or plain where there is no gateway
-	Rate  float64 // knocks a second
+	Rate  float64 // knocks a second; MiB a second of each stream, 0: as much as goes
 	Count int     // streams
 }
 
@@ -57,16 +57,22 @@ func runErrand(text string) error {
 	return nil
 }
 
-// stream keeps bulk coming down until the process ends.
+// stream keeps bulk coming down until the process ends, a piece at a time: at its rate, or as fast as it comes.
 func (e errand) stream() {
+	const piece = 1 << 20
+	size, pause := 64*piece, time.Duration(0)
+	if e.Rate > 0 {
+		size, pause = piece, time.Duration(float64(time.Second)/e.Rate)
+	}
 	w := way{addr: e.Addr}
 	if e.TLS {
 		w.tls = clientConfig(ecdsaDoor)
 	}
 	together(e.Count, func(int) error {
 		c, err := w.dial()
-		for err == nil {
-			err = crowd{c}.bulk(64<<20, 0)
+		for next := time.Now(); err == nil; time.Sleep(time.Until(next)) {
+			err = crowd{c}.bulk(size, 0)
+			next = next.Add(pause)
 		}
 		fmt.Fprintln(os.Stderr, err)
 		return err

@@ -15,7 +15,7 @@ const (
 	spliceStep = pipeSize / maxBatch
 )
 
-// copyOver carries a small message: read(2) into the loop's memory, write(2) out of it.
+// copyOver carries a small message: one read into the loop's memory, one write out of it.
 func (c *conn) copyOver(f *flow, from, to *socket) int {
 	buf := c.loop.scratch[:copySize]
 	n, e := sysRead(from.fd, buf)

@@ -13,22 +13,23 @@ import (
 // (RawSyscall): entering and leaving a system call the usual way costs more than some of these calls do. They take
 // microseconds at most, and a stop of the world waits for that long.
 
-// sysRead is read(2): n == 0 and no error is the end of the stream.
+// sysRead reads from a socket: n == 0 and no error is the end of the stream. recvfrom(2) goes to the socket directly,
+// where read(2) goes through the file system's layer: 3 % of an echo.
 func sysRead(fd int32, p []byte) (int, unix.Errno) {
-	n, _, e := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+	n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
 	return int(n), e
 }
 
-// sysWrite sends p. No SIGPIPE: the Go runtime ignores it for sockets.
-func sysWrite(fd int32, p []byte) (int, unix.Errno) {
-	n, _, e := unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
-	return int(n), e
-}
+// sysWrite writes p to a socket, by sendto(2) for the same reason.
+func sysWrite(fd int32, p []byte) (int, unix.Errno) { return sysSend(fd, p, unix.MSG_NOSIGNAL) }
 
-// sysSendMore sends p with the next bytes, or with the FIN: it must be followed by one of them.
+// sysSendMore writes p so that it goes with the next bytes, or with the FIN: it must be followed by one of them.
 func sysSendMore(fd int32, p []byte) (int, unix.Errno) {
-	n, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)),
-		unix.MSG_MORE|unix.MSG_NOSIGNAL, 0, 0)
+	return sysSend(fd, p, unix.MSG_NOSIGNAL|unix.MSG_MORE)
+}
+
+func sysSend(fd int32, p []byte, flags uintptr) (int, unix.Errno) {
+	n, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), flags, 0, 0)
 	return int(n), e
 }
 

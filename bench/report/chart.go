@@ -32,7 +32,7 @@ var charts = []chart{
 	}},
 	{"latency.svg", "p99 of a 256 B echo on an established connection; shorter is better", []row{
 		{"nothing else to do", "Latency/quiet", tail},
-		{"beside 4 bulk streams", "Latency/bulk", tail},
+		{"beside 4 streams of 50 MiB/s", "Latency/bulk", tail},
 		{"beside hellos at half capacity", "Latency/half", tail},
 		{"beside hellos at twice capacity", "Latency/twice", tail},
 	}},

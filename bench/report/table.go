@@ -54,7 +54,8 @@ var sections = []table{
 	{"Latency of a 256 B echo on an established connection, 1,000 a second on 64 of them", []row{
 		{"p50, nothing else to do", "Latency/quiet", middle},
 		{"p99, nothing else to do", "Latency/quiet", tail},
-		{"p99, beside 4 bulk streams", "Latency/bulk", tail},
+		{"p99, beside 4 bulk streams of 50 MiB/s each", "Latency/bulk", tail},
+		{"p99, beside 4 bulk streams as fast as they go", "Latency/flood", tail},
 		{"p99, beside hellos at half the gateway's capacity", "Latency/half", tail},
 		{"p99, beside hellos at twice the gateway's capacity", "Latency/twice", tail},
 	}},
