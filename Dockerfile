@@ -18,6 +18,8 @@ COPY --from=build /image/tlsnat /tlsnat
 # The admin listens on the container's own loopback. For health checks and metrics from outside set
 # TLSNAT_ADMIN=0.0.0.0:9180 and TLSNAT_ADMIN_TOKEN.
 ENV STATE_DIRECTORY=/var/lib/tlsnat
+# Mounted maps and certificates change under it, and nobody sends a signal then.
+ENV TLSNAT_WATCH=on
 COPY --from=build --chown=65532:65532 /image/state /var/lib/tlsnat
 
 # Container runtimes let any user listen on ports below 1024 (net.ipv4.ip_unprivileged_port_start=0).

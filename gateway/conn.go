@@ -27,6 +27,7 @@ type conn struct {
 	counted   bool // among the connections that TLSNAT_MAX_CONNS counts
 	parked    bool // quiet: the key schedules were let go
 	kept      bool // quiet once: the backend's socket has keepalive
+	retired   bool // its rule is gone from the map, and says how long it may go on
 	lastWords bool // an alert is on its way to the client: no reset must overtake it
 	skimmed   int32
 
@@ -176,6 +177,7 @@ func (c *conn) finish(o Outcome, why string) stage {
 	c.pending = nil
 	c.report.up, c.report.down = c.up.moved, c.down.moved
 	delete(l.conns, c)
+	c.gen.open.Add(-1)
 	if c.counted {
 		l.gw.open.Add(-1)
 	}

@@ -213,8 +213,11 @@ type route struct {
 
 	idle, connect, linger, lifetime time.Duration
 
-	entered, ended atomic.Uint64 // connections that the rule decided about, and those of them that are over
+	use *usage
 }
+
+// usage counts the connections that a rule decided about, and those of them that are over. It stays over reloads.
+type usage struct{ entered, ended atomic.Uint64 }
 
 // pick is whose turn it is. Every loop counts for itself, so that they share nothing.
 func (r *route) pick(l *loop) int {

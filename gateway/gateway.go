@@ -18,7 +18,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -45,7 +44,8 @@ type Gateway struct {
 	generations atomic.Uint64
 	current     atomic.Pointer[generation]
 	open        atomic.Int64 // connections
-	maxConns    int
+	maxConns    atomic.Int64
+	reloads     reloader
 	idBase      uint64
 	draining    atomic.Bool
 	complained  atomic.Int64 // when the last complaint was logged, in unix seconds
@@ -72,8 +72,8 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 	}
 	g.lines = newLineBuffer(out)
 	g.log = newLogger(&g.settings, g.lines)
-	g.current.Store(g.newGeneration(c))
-	g.maxConns = g.connectionLimit()
+	g.current.Store(g.newGeneration(c, nil))
+	g.maxConns.Store(g.connectionLimit(g.current.Load()))
 	return g, nil
 }
 
@@ -86,18 +86,18 @@ func newIDBase() uint64 {
 
 // connectionLimit is TLSNAT_MAX_CONNS, or what the limit of open files allows: two descriptors a connection, when
 // listeners, pipes and what else a process has open are taken off.
-func (g *Gateway) connectionLimit() int {
+func (g *Gateway) connectionLimit(gen *generation) int64 {
 	if g.settings.MaxConns > 0 {
-		return g.settings.MaxConns
+		return int64(g.settings.MaxConns)
 	}
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
 		return 1000
 	}
-	listeners := len(g.current.Load().endpoints())
+	listeners := len(gen.endpoints())
 	const others = 64 // standard files, log, admin and its clients, name lookups
 	reserved := others + len(g.loops)*(listeners+2*idlePipes+4)
-	return max(1, (int(min(r.Cur, 1<<24))-reserved)/2)
+	return int64(max(1, (int(min(r.Cur, 1<<24))-reserved)/2))
 }
 
 // Start opens every port of the map and begins to accept. If one can't be opened none is, and the error is about all
@@ -117,45 +117,21 @@ func (g *Gateway) Start() error {
 		go l.run()
 	}
 	g.ended.Go(func() { g.keepResolving(ctx) })
+	if g.settings.Watch == "on" {
+		g.ended.Go(func() { g.watch(ctx) })
+	}
 	g.ended.Go(g.demo.serve)
 	return nil
 }
 
-// listen opens a listener on each loop for each port. All are probed before the first is opened: later our own
-// sockets would be in the way.
+// listen opens the ports of the first generation. All are probed before the first is opened: later our own sockets
+// would be in the way.
 func (g *Gateway) listen(gen *generation) error {
-	all := gen.endpoints()
-	var errs []error
-	for _, e := range all {
-		errs = append(errs, probePort(e.addr, e.port))
+	opened, err := g.openListeners(gen, gen.endpoints())
+	for _, ln := range opened {
+		ln.loop.adopt(ln)
 	}
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	for _, e := range all {
-		rules := gen.port(e.addr, e.port)
-		for _, l := range g.loops {
-			ln := &listener{loop: l, addr: e.addr, port: e.port, gen: gen, rules: rules, name: listenName(e.addr, e.port)}
-			err := ln.open()
-			if err == nil {
-				err = l.watchListener(ln)
-			}
-			if err != nil {
-				g.closeListeners()
-				return err
-			}
-			l.listeners = append(l.listeners, ln)
-		}
-	}
-	return nil
-}
-
-func (g *Gateway) closeListeners() {
-	for _, l := range g.loops {
-		for _, ln := range l.listeners {
-			_ = unix.Close(int(ln.fd))
-		}
-	}
+	return err
 }
 
 func (g *Gateway) keepResolving(ctx context.Context) {

@@ -26,7 +26,12 @@ type generation struct {
 	made     time.Time
 	config   *Config
 	routes   map[*natmap.Rule]*route
+	byKey    map[ruleKey]*route
+	profiles map[string]*profile
 	backends []*backend
+	open     atomic.Int64 // connections that run under it
+
+	added, removed []string // rules, compared with the generation before
 
 	certOnce sync.Once // over certList, which only the admin asks for
 	certList []*certs.Certificate
@@ -47,21 +52,48 @@ func (p *portRules) lookup(name string) *route {
 	return p.routes[rule]
 }
 
-func (g *Gateway) newGeneration(c *Config) *generation {
-	gen := &generation{number: g.generations.Add(1), made: time.Now(), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules))}
-	profiles := map[string]*profile{}
+// newGeneration makes a generation of a configuration. From the last one, nil at the start, it takes over what doesn't
+// depend on it: what its backends' names led to, handshakers of the same options, the rules' counters.
+func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
+	if last == nil {
+		last = &generation{}
+	}
+	gen := &generation{number: g.generations.Add(1), made: time.Now(), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules)),
+		byKey: make(map[ruleKey]*route, len(c.Map.Rules)), profiles: map[string]*profile{}}
 	for i, rule := range c.Map.Rules {
-		r := &route{rule: rule, index: i, label: fmt.Sprintf("%s:%d", rule.Pos.File, rule.Pos.Line), proxy: rule.Options.Proxy}
+		r := &route{use: new(usage), rule: rule, index: i, label: fmt.Sprintf("%s:%d", rule.Pos.File, rule.Pos.Line), proxy: rule.Options.Proxy}
 		r.idle = fallback(rule.Options.Idle, g.settings.IdleTimeout)
 		r.connect = fallback(rule.Options.Connect, g.settings.ConnectTimeout)
 		r.linger = fallback(rule.Options.Linger, g.settings.LingerTimeout)
 		r.lifetime = fallback(rule.Options.Lifetime, 0)
-		r.profile = g.profileFor(profiles, rule)
+		r.profile = g.profileFor(gen, last, rule)
 		gen.addBackends(r)
-		gen.routes[rule] = r
+		gen.routes[rule], gen.byKey[keyOf(rule)] = r, r
+		if before := last.byKey[keyOf(rule)]; before != nil {
+			r.use = before.use
+		}
 	}
+	gen.remember(last)
 	return gen
 }
+
+// remember takes over where names led to: should the next lookup fail, they lead there still.
+func (gen *generation) remember(last *generation) {
+	known := map[string]*[]netip.Addr{}
+	for _, b := range last.backends {
+		if b.named() {
+			known[b.spec.Host] = b.addrs.Load()
+		}
+	}
+	for _, b := range gen.backends {
+		if addrs := known[b.spec.Host]; addrs != nil && b.named() {
+			b.addrs.Store(addrs)
+		}
+	}
+}
+
+// named says whether the backend's address has to be looked up.
+func (b *backend) named() bool { return b.spec.Unix == "" && !b.spec.Addr.IsValid() }
 
 // forever is a timeout that is off: longer than anything runs, short enough that adding it to a time does not
 // overflow.
@@ -78,13 +110,13 @@ func fallback(d, setting time.Duration) time.Duration {
 }
 
 // profileFor is the profile of the rule's TLS options, shared with the other rules that have the same.
-func (g *Gateway) profileFor(made map[string]*profile, rule *natmap.Rule) *profile {
+func (g *Gateway) profileFor(gen, last *generation, rule *natmap.Rule) *profile {
 	minTLS := cmp.Or(rule.Options.MinTLS, g.settings.minTLS())
 	key := fmt.Sprint(minTLS, rule.Options.ALPN)
-	if made[key] == nil {
-		made[key] = newProfile(g, minTLS, rule.Options.ALPN)
+	if gen.profiles[key] == nil {
+		gen.profiles[key] = cmp.Or(last.profiles[key], newProfile(g, minTLS, rule.Options.ALPN))
 	}
-	return made[key]
+	return gen.profiles[key]
 }
 
 func (s *Settings) minTLS() uint16 {
@@ -160,7 +192,7 @@ const (
 func (gen *generation) resolve(ctx context.Context) (problems []string) {
 	byName := map[string][]*backend{}
 	for _, b := range gen.backends {
-		if b.spec.Unix == "" && !b.spec.Addr.IsValid() {
+		if b.named() {
 			byName[b.spec.Host] = append(byName[b.spec.Host], b)
 		}
 	}

@@ -168,7 +168,8 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	c := newConn(l, ln, fd, peer)
 	l.conns[c] = struct{}{}
 	l.counters.accepted.Add(1)
-	if l.gw.open.Add(1) > int64(l.gw.maxConns) {
+	c.gen.open.Add(1)
+	if l.gw.open.Add(1) > l.gw.maxConns.Load() {
 		l.gw.open.Add(-1)
 		abort(&c.client)
 		c.finish(Limited, Prefix+"MAX_CONNS connections are open")

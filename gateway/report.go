@@ -206,7 +206,7 @@ func (l *loop) count(r *report) {
 		n.probes.Add(1)
 	}
 	if r.route != nil {
-		r.route.ended.Add(1)
+		r.route.use.ended.Add(1)
 	}
 	l.ended.add(r, l.now)
 }

@@ -26,6 +26,7 @@ type Settings struct {
 	Map     string `env:"MAP" doc:"The rules themselves, separated by newlines or ';'."`
 	MapFile string `env:"MAP_FILE" doc:"A file with rules, or a directory whose *.natmap files are read in name order."`
 	Certs   string `env:"CERTS" doc:"Directory with certificates and keys in PEM; which names are served is what the certificates say."`
+	Watch   string `env:"WATCH" envDefault:"off" doc:"on: look at the files of map and certificates every second or two, and reload when they have changed. The container image sets it. Otherwise SIGHUP or 'tlsnat reload' reads them again."`
 	State   string `env:"STATE" doc:"Directory for what tlsnat makes itself (the demo's certificate). Default: $STATE_DIRECTORY, else tlsnat in the user's cache directory."`
 
 	Admin      string `env:"ADMIN" envDefault:"127.0.0.1:9180" doc:"Address of the admin page, health checks and metrics; 'off' for none. Off loopback it demands ADMIN_TOKEN."`
@@ -226,6 +227,7 @@ func (s *Settings) check() []error {
 	oneOf("LOG_LEVEL", s.LogLevel, "debug", "info", "warn", "error")
 	oneOf("LOG_FORMAT", s.LogFormat, "json", "console")
 	oneOf("MIN_TLS", s.MinTLS, "1.2", "1.3")
+	oneOf("WATCH", s.Watch, "on", "off")
 	longer := func(key string, d time.Duration) {
 		if d <= 0 {
 			bad(key, d.String(), "a timeout has to be longer than nothing; to make it not matter write a long one, such as 24h")

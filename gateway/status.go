@@ -32,6 +32,16 @@ type Status struct {
 	Certificates int      `json:"certificates"`
 	Ports        int      `json:"ports"`  // listened on
 	Listens      []string `json:"listen"` // the ports as ranges, at most maxListens of them
+
+	Reloads ReloadCounts `json:"reloads"`
+}
+
+// ReloadCounts are attempts to change the configuration, and how the last one ended.
+type ReloadCounts struct {
+	OK     uint64    `json:"ok"`
+	Failed uint64    `json:"failed"`
+	Since  time.Time `json:"since"` // when what is served now was read
+	Last   *Reloaded `json:"last,omitempty"`
 }
 
 // ConnectionCounts add up: what was accepted is open or has an outcome.
@@ -119,6 +129,8 @@ func (g *Gateway) Status() Status {
 			s.Listens = append(s.Listens, l.String())
 		}
 	}
+	s.Reloads.Since = gen.made
+	s.Reloads.Last, s.Reloads.OK, s.Reloads.Failed = g.LastReload()
 	g.sum(&s)
 	return s
 }
@@ -131,7 +143,7 @@ func (g *Gateway) sum(s *Status) {
 		c.Outcomes[o.String()] = g.total(func(n *counters) *atomic.Uint64 { return &n.outcomes[o] })
 	}
 	c.Probes = g.total(func(n *counters) *atomic.Uint64 { return &n.probes })
-	c.Open, c.Limit = g.open.Load(), g.maxConns
+	c.Open, c.Limit = g.open.Load(), int(g.maxConns.Load())
 	c.Accepted = g.total(func(n *counters) *atomic.Uint64 { return &n.accepted })
 	s.Bytes.Up = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesUp })
 	s.Bytes.Down = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesDown })
@@ -361,8 +373,8 @@ func (r *route) info() RuleInfo {
 	for _, s := range r.rule.Settings {
 		i.Options = append(i.Options, RuleOption{s.Key, s.Value, s.Pos.String()})
 	}
-	over := r.ended.Load() // before entered: it never gets ahead of that
-	i.Total = r.entered.Load()
+	over := r.use.ended.Load() // before entered: it never gets ahead of that
+	i.Total = r.use.entered.Load()
 	i.Open = i.Total - over
 	return i
 }
@@ -412,13 +424,55 @@ type GenerationInfo struct {
 	Since        time.Time `json:"since"`
 	Rules        int       `json:"rules"`
 	Certificates int       `json:"certificates"`
+	Added        []string  `json:"added,omitempty"`   // rules that the generation before did not have
+	Removed      []string  `json:"removed,omitempty"` // rules that it had; a changed rule is in both
 	Open         int64     `json:"connections_open"`
-	Current      bool      `json:"current"` // new connections get it
+	OldestMS     int64     `json:"oldest_ms"` // age of the connection that has run under it for longest; 0: none
+	Current      bool      `json:"current"`   // new connections get it
 }
 
-// Generations are the configurations that are in use.
-func (g *Gateway) Generations() []GenerationInfo {
-	gen := g.current.Load()
-	return []GenerationInfo{{Number: gen.number, Since: gen.made, Rules: len(gen.config.Map.Rules),
-		Certificates: len(gen.certificates()), Open: g.open.Load(), Current: true}}
+// Generations are the configurations that are in use, the newest first.
+func (g *Gateway) Generations(ctx context.Context) []GenerationInfo {
+	all := append([]*generation{g.current.Load()}, g.reloads.living()...)
+	oldest := g.oldest(ctx)
+	infos := make([]GenerationInfo, len(all))
+	for i, gen := range all {
+		infos[i] = GenerationInfo{Number: gen.number, Since: gen.made, Rules: len(gen.config.Map.Rules), Certificates: len(gen.certificates()),
+			Added: gen.added, Removed: gen.removed, Open: gen.open.Load(), OldestMS: oldest[gen.number], Current: i == 0}
+	}
+	return infos
+}
+
+// oldest is the age in milliseconds of the oldest connection of each generation. It looks at every connection, some tens
+// of nanoseconds each.
+func (g *Gateway) oldest(ctx context.Context) map[uint64]int64 {
+	type age struct {
+		generation uint64
+		ms         int64
+	}
+	ages := ask(ctx, g, func(l *loop) (all []age) {
+		began := map[*generation]int64{}
+		for c := range l.conns {
+			if at, seen := began[c.gen]; !seen || c.report.accepted < at {
+				began[c.gen] = c.report.accepted
+			}
+		}
+		for gen, at := range began {
+			all = append(all, age{gen.number, millis(l.now - at)})
+		}
+		return all
+	})
+	oldest := map[uint64]int64{}
+	for _, a := range ages {
+		oldest[a.generation] = max(oldest[a.generation], a.ms)
+	}
+	return oldest
+}
+
+// LastReload is how the last reload ended, and how many there were of either kind; nil if there was none.
+func (g *Gateway) LastReload() (last *Reloaded, ok, failed uint64) {
+	s := &g.reloads
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last, s.ok, s.bad
 }

@@ -86,6 +86,8 @@ func (c *conn) crashed(p any) {
 func (c *conn) due() {
 	l := c.loop
 	switch {
+	case c.end != 0 && l.now >= c.end && c.stage < lingering && c.retired:
+		c.cut(Drained, "its rule is not in the map any more, and drain= is over")
 	case c.end != 0 && l.now >= c.end && c.stage < lingering:
 		c.cut(Lifetime, "the rule's lifetime= is over")
 	case c.stage <= readingHello, c.stage == readingRequest:
@@ -204,7 +206,7 @@ func (c *conn) keep(b []byte) {
 // enter sets what a rule says, once it is known which one it is.
 func (c *conn) enter(r *route) {
 	c.route, c.report.route = r, r
-	r.entered.Add(1)
+	r.use.entered.Add(1)
 	if r.lifetime > 0 {
 		c.end = c.report.accepted + int64(r.lifetime)
 	}

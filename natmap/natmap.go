@@ -222,10 +222,11 @@ type Options struct {
 	Connect   time.Duration
 	Linger    time.Duration
 	Lifetime  time.Duration // or Off
-	MinTLS    uint16        // 0x0303 or 0x0304, as in RFC 8446 section 4.2.1
-	ALPN      []string      // protocols offered, preferred first (RFC 7301)
-	Cert      string        // name of the certificate for a client that sends none
-	HTTPSPort uint16        // where redirect sends to
+	Drain     time.Duration
+	MinTLS    uint16   // 0x0303 or 0x0304, as in RFC 8446 section 4.2.1
+	ALPN      []string // protocols offered, preferred first (RFC 7301)
+	Cert      string   // name of the certificate for a client that sends none
+	HTTPSPort uint16   // where redirect sends to
 }
 
 // A Setting is one option of a rule and where it came from.

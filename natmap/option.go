@@ -62,6 +62,8 @@ var options = []option{
 		func(o *Options) *time.Duration { return &o.Linger }),
 	timer("lifetime", "closes a connection so long after it was accepted", terminate|pass|tcp|demo, true,
 		func(o *Options) *time.Duration { return &o.Lifetime }),
+	timer("drain", "after a reload without this rule its connections may go on for so long (default: until they end)", terminate|pass|tcp|demo, false,
+		func(o *Options) *time.Duration { return &o.Drain }),
 	{
 		key: "min-tls", value: "1.2|1.3", uses: terminate | demo,
 		help: "lowest TLS version a client may speak",

@@ -492,7 +492,7 @@ func (e *explanation) option(key string) (value, from string) {
 // An option that neither the rule nor a default line sets is a setting, or built in.
 var (
 	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS"}
-	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "alpn": "none", "cert": "by address", "https-port": "443"}
+	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443"}
 )
 
 // setting is the value of a setting as its author wrote it.

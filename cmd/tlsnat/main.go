@@ -6,6 +6,8 @@
 //	tlsnat run        the gateway
 //	tlsnat check      read everything as run would, and say what is wrong
 //	tlsnat explain    which rule decides, and with what
+//	tlsnat show       tables of the running gateway
+//	tlsnat reload     have the running gateway read map and certificates again
 //	tlsnat env        every setting
 //	tlsnat version    version, Go, kernel features
 //
@@ -50,6 +52,9 @@ const usage = `tlsnat: a Layer-4 TLS edge gateway with port NAT
   tlsnat check      read settings, map and certificates, and say what is wrong
   tlsnat explain    --port 443 [--sni NAME] [--from ADDRESS] [--addr ADDRESS] [--alpn LIST]
                     which rule decides, with which certificate, backends and options
+  tlsnat show       map|conns|certs|generations [--json] [--watch] [--limit N]
+                    tables of the running gateway
+  tlsnat reload     have the running gateway read map and certificates again
   tlsnat env        every setting: name, type, default, meaning
   tlsnat version    version, Go, kernel features
 
@@ -70,6 +75,7 @@ func (p *program) main() int {
 	}
 	commands := map[string]func([]string) int{
 		"run": p.run, "demo": p.demo, "check": p.check, "explain": p.explain,
+		"show": p.show, "reload": p.reload,
 		"env": p.env, "version": p.version, "--version": p.version,
 	}
 	command, ok := commands[name]

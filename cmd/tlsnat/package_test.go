@@ -31,7 +31,7 @@ const module = "github.com/tlsnat/tlsnat/"
 // none of ours; and nobody imports cmd or bench.
 func TestImportsGoOneWay(t *testing.T) {
 	allowed, pure := importTable(t)
-	out, err := exec.Command("go", "list", "-json=ImportPath,Imports", module+"...").Output()
+	out, err := exec.Command("go", "list", "-pgo=off", "-json=ImportPath,Imports", module+"...").Output()
 	if err != nil {
 		t.Fatal(err)
 	}

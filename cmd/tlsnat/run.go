@@ -35,7 +35,7 @@ func (p *program) run(args []string) int {
 		e.Drain(cancelled())
 		return p.cannot(err)
 	}
-	e.hangups = make(chan os.Signal, 1)
+	e.hangups = make(chan os.Signal, 1) // one that comes during a reload leads to another one
 	signal.Notify(e.hangups, syscall.SIGHUP)
 	// A log collector that ends must not take the gateway with it. Without this the runtime ends a process that
 	// writes to a closed pipe on its standard output or error.
@@ -79,10 +79,8 @@ func (p *program) open(config *gateway.Config) (*edge, error) {
 // listens are the ports of the map, as ranges; of a map with very many the first.
 func (e *edge) listens() (all []string) {
 	const enough = 32 // for a line that is read
-	listens := e.config.Map.Listens()
-	for _, l := range listens[:min(enough, len(listens))] {
-		all = append(all, l.String())
-	}
+	listens := e.Status().Listens
+	all = append(all, listens[:min(enough, len(listens))]...)
 	if len(listens) > enough {
 		all = append(all, fmt.Sprintf("and %d more", len(listens)-enough))
 	}
@@ -98,7 +96,7 @@ func (p *program) serve(e *edge) int {
 		case err := <-e.Failed():
 			return p.cannot(err)
 		case <-e.hangups:
-			e.Logger().Warn("SIGHUP changes nothing: this version reads its configuration only when it starts")
+			e.reload()
 		case s := <-e.signals:
 			e.drain(s)
 			return exitOK
@@ -107,6 +105,15 @@ func (p *program) serve(e *edge) int {
 			return exitOK
 		}
 	}
+}
+
+// reload reads map and certificates again. What is wrong with them is in the log.
+func (e *edge) reload() {
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
+	notify(fmt.Sprintf("RELOADING=1\nMONOTONIC_USEC=%d", now.Nano()/1000))
+	e.Reload()
+	notify("READY=1\nSTATUS=listening on " + strings.Join(e.listens(), " "))
 }
 
 // drain lets connections end until the deadline, or until a signal says that it's enough.

@@ -154,6 +154,7 @@ type running struct {
 	id      identity
 	backend net.Listener
 	admin   string
+	dir     string
 }
 
 // runGateway starts "tlsnat run". The backend sends back what it gets.
@@ -173,10 +174,10 @@ func runGateway(t testing.TB, settings ...string) *running {
 		}
 	}()
 	r := &running{port: freePort(t), backend: l, id: issue(t, -time.Hour, 90*24*time.Hour, "api.bank.example")}
-	dir := write(t, t.TempDir(), map[string][]byte{"certs/api.crt": r.id.cert, "certs/api.key": r.id.key,
-		"edge.natmap": fmt.Appendf(nil, ":%d api.bank.example -> %s alpn=h2\n", r.port, l.Addr())})
+	r.dir = write(t, t.TempDir(), map[string][]byte{"certs/api.crt": r.id.cert, "certs/api.key": r.id.key})
+	r.writeMap(t, "alpn=h2")
 	environ := append([]string{"TLSNAT_MAP_FILE=edge.natmap", "TLSNAT_CERTS=certs", "TLSNAT_ADMIN=127.0.0.1:0"}, settings...)
-	r.process = launch(t, command(t, dir, environ, "run"))
+	r.process = launch(t, command(t, r.dir, environ, "run"))
 	var line struct{ Admin string }
 	if err := json.Unmarshal([]byte(r.err.await(t, `"msg":"running"`)), &line); err != nil {
 		t.Fatal(err)
@@ -277,13 +278,80 @@ func TestDrainIsAskedForOverTheAdmin(t *testing.T) {
 	}
 }
 
-func TestHangupChangesNothing(t *testing.T) {
+// TestReloadByEveryWay: SIGHUP, the command and the API put a changed map in force, and say so.
+func TestReloadByEveryWay(t *testing.T) {
 	r := runGateway(t)
-	c := r.dial(t)
+	old := r.dial(t)
+	r.writeMap(t, "drain=1h")
 	r.signal(t, syscall.SIGHUP)
-	r.err.await(t, "SIGHUP")
-	echo(t, c, "x")
+	r.err.await(t, `"msg":"reloaded"`, `"generation":2`)
+	echo(t, old, "x")
 	echo(t, r.dial(t), "y")
+
+	r.writeMap(t, "drain=2h")
+	out, code := r.ask(t, "reload")
+	if code != exitOK || !hasAll(out, []string{"generation 3", "1 rule added, 1 removed", "drain=2h", "drain=1h"}) {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+	r.writeMap(t, "drain=soon")
+	out, code = r.ask(t, "reload")
+	if code != exitInput || !hasAll(out, []string{"edge.natmap:1", "generation 3 is still served"}) {
+		t.Errorf("a broken map: exit code %d: %s", code, out)
+	}
+	response, err := http.Post("http://"+r.admin+"/api/v1/reload", "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	var answer struct {
+		OK         bool
+		Generation int
+	}
+	if err := json.NewDecoder(response.Body).Decode(&answer); err != nil || answer.OK || answer.Generation != 3 || response.StatusCode != 422 {
+		t.Errorf("a broken map over the API: %s, %+v, %v", response.Status, answer, err)
+	}
+	echo(t, r.dial(t), "z")
+}
+
+// TestShow: tables of the running gateway.
+func TestShow(t *testing.T) {
+	r := runGateway(t)
+	echo(t, r.dial(t), "x")
+	for what, words := range map[string][]string{
+		"map":         {"LISTEN", fmt.Sprint(":", r.port), "api.bank.example", r.backend.Addr().String(), "terminate", "edge.natmap:1"},
+		"conns":       {"CLIENT", "api.bank.example", "1.3", "relay"},
+		"certs":       {"EXPIRES", "api.bank.example", "ECDSA P-256", "certs/api.crt"},
+		"generations": {"1 (current)"},
+	} {
+		if out, code := r.ask(t, "show", what); code != exitOK || !hasAll(out, words) {
+			t.Errorf("show %s: exit code %d, want %q in\n%s", what, code, words, out)
+		}
+		out, code := r.ask(t, "show", what, "--json")
+		if code != exitOK || !json.Valid([]byte(out)) {
+			t.Errorf("show %s --json: exit code %d, %s", what, code, out)
+		}
+	}
+	if out, code := r.ask(t, "show", "weather"); code != exitUsage || !strings.Contains(out, "show certs|conns|generations|map") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+	r.admin = "127.0.0.1:1"
+	if out, code := r.ask(t, "show", "map"); code != exitCannot || !strings.Contains(out, "no gateway answers at http://127.0.0.1:1") {
+		t.Errorf("nobody there: exit code %d: %s", code, out)
+	}
+}
+
+// ask runs another command against the running gateway.
+func (r *running) ask(t testing.TB, args ...string) (string, int) {
+	t.Helper()
+	cmd := command(t, t.TempDir(), []string{"TLSNAT_ADMIN=" + r.admin}, args...)
+	out, _ := cmd.CombinedOutput()
+	return string(out), cmd.ProcessState.ExitCode()
+}
+
+// writeMap changes the option of the map's rule.
+func (r *running) writeMap(t testing.TB, option string) {
+	t.Helper()
+	write(t, r.dir, map[string][]byte{"edge.natmap": fmt.Appendf(nil, ":%d api.bank.example -> %s %s\n", r.port, r.backend.Addr(), option)})
 }
 
 // TestGoneLogReaderIsNoEnd closes the pipe that the log goes to: the next line would end a process that doesn't mind

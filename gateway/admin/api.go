@@ -16,6 +16,9 @@ import (
 // Loops answer within a millisecond, as a rule. One that doesn't for this long is left out.
 const loopTime = 2 * time.Second
 
+// A reload reads every file and looks up every backend; it may take longer than other answers.
+const reloadTime = 2 * time.Minute
+
 // How many entries a list has when nobody says (?limit=), and at most.
 const (
 	someConns, maxConns     = 100, 1000
@@ -23,34 +26,39 @@ const (
 	someEnded               = 32
 )
 
-// statusAnswer and those below are what the API answers. Lists say how many there are in all.
-type statusAnswer struct {
+// StatusAnswer is GET /api/v1/status.
+type StatusAnswer struct {
 	Version string `json:"version"`
 	gateway.Status
 }
 
-type mapAnswer struct {
+// MapAnswer is GET /api/v1/map: the rules in the map's order, and how many there are in all.
+type MapAnswer struct {
 	Generation uint64             `json:"generation"`
 	Total      int                `json:"total"`
 	Rules      []gateway.RuleInfo `json:"rules"`
 }
 
-type connsAnswer struct {
-	Total       int64               `json:"total"`
+// ConnsAnswer is GET /api/v1/conns.
+type ConnsAnswer struct {
+	Total       int64               `json:"total"`       // open
 	Connections []gateway.OpenConn  `json:"connections"` // the newest first
 	Ended       []gateway.EndedConn `json:"ended"`       // the last few, the latest first
 }
 
-type certsAnswer struct {
+// CertsAnswer is GET /api/v1/certs: the certificate that expires first comes first.
+type CertsAnswer struct {
 	Total        int                `json:"total"`
-	Certificates []gateway.CertInfo `json:"certificates"` // the one that expires first comes first
+	Certificates []gateway.CertInfo `json:"certificates"`
 }
 
-type generationsAnswer struct {
+// GenerationsAnswer is GET /api/v1/generations: the current one first.
+type GenerationsAnswer struct {
 	Generations []gateway.GenerationInfo `json:"generations"`
 }
 
-type drainAnswer struct {
+// DrainAnswer is POST /api/v1/drain.
+type DrainAnswer struct {
 	Draining bool `json:"draining"`
 }
 
@@ -70,19 +78,20 @@ func (s *Server) api(mux *http.ServeMux) {
 	}
 	g := s.gateway
 	get("status", 0, 0, func(context.Context, int) any {
-		return statusAnswer{s.version, s.status()}
+		return StatusAnswer{s.version, s.status()}
 	})
 	get("map", someEntries, maxEntries, func(_ context.Context, limit int) any {
 		status := g.Status()
-		return mapAnswer{status.Generation, status.Rules, g.Rules(limit)}
+		return MapAnswer{status.Generation, status.Rules, g.Rules(limit)}
 	})
 	get("conns", someConns, maxConns, func(ctx context.Context, limit int) any {
-		return connsAnswer{g.Status().Connections.Open, list(g.Conns(ctx, limit)), list(g.Ended(ctx, someEnded))}
+		return ConnsAnswer{g.Status().Connections.Open, list(g.Conns(ctx, limit)), list(g.Ended(ctx, someEnded))}
 	})
 	get("certs", someEntries, maxEntries, func(_ context.Context, limit int) any {
-		return certsAnswer{g.Status().Certificates, g.Certificates(limit)}
+		return CertsAnswer{g.Status().Certificates, g.Certificates(limit)}
 	})
-	get("generations", 0, 0, func(context.Context, int) any { return generationsAnswer{g.Generations()} })
+	get("generations", 0, 0, func(ctx context.Context, _ int) any { return GenerationsAnswer{g.Generations(ctx)} })
+	mux.HandleFunc("POST /api/v1/reload", s.reload)
 	mux.HandleFunc("POST /api/v1/drain", s.drain)
 }
 
@@ -94,9 +103,20 @@ func (s *Server) status() gateway.Status {
 
 // drain passes the wish on. The answer is on its way before that, whole: the process may end at once.
 func (s *Server) drain(w http.ResponseWriter, _ *http.Request) {
-	answerJSON(w, http.StatusAccepted, drainAnswer{true})
+	answerJSON(w, http.StatusAccepted, DrainAnswer{true})
 	_ = http.NewResponseController(w).Flush()
 	s.drainOnce.Do(func() { close(s.drainAsked) })
+}
+
+// reload reads the configuration again. A configuration with errors changes nothing, and is answered with 422.
+func (s *Server) reload(w http.ResponseWriter, _ *http.Request) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(reloadTime))
+	r := s.gateway.Reload()
+	status := http.StatusOK
+	if !r.OK {
+		status = http.StatusUnprocessableEntity
+	}
+	answerJSON(w, status, r)
 }
 
 func limitOf(r *http.Request, normal, most int) (int, error) {

@@ -38,6 +38,7 @@ var (
 	outcomesDesc   = desc("connections_total", "Connections that ended, by how.", "outcome")
 	bytesDesc      = desc("bytes_total", "Bytes carried, without TLS around them: up is client to backend.", "direction")
 	handshakesDesc = desc("handshakes_total", "TLS handshakes with clients that were finished, by what was agreed on.", "version", "group", "resumed")
+	reloadsDesc    = desc("config_reloads_total", "Attempts to read the configuration again, by result.", "result")
 	certDesc       = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, of the "+strconv.Itoa(certGauges)+" that expire first.", "name", "key", "file")
 	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
 )
@@ -68,6 +69,10 @@ var plainMetrics = []struct {
 		func(s *gateway.Status) float64 { return number(s.Draining) }},
 	{desc("config_generation", "Number of the configuration that new connections get."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return float64(s.Generation) }},
+	{desc("config_reload_success_timestamp_seconds", "When the configuration was read last without an error."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Reloads.Since.UnixMilli()) / 1000 }},
+	{desc("config_reload_ok", "0 when the last attempt to read the configuration failed, and the one before is still served."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return number(s.Reloads.Last == nil || s.Reloads.Last.OK) }},
 	{desc("certificates", "Certificates that are served."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return float64(s.Certificates) }},
 }
@@ -81,7 +86,7 @@ func number(b bool) float64 {
 
 // Describe and Collect make the Server a prometheus.Collector.
 func (s *Server) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, certDesc, buildDesc} {
+	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, certDesc, buildDesc} {
 		to <- d
 	}
 	for i := range plainMetrics {
@@ -106,6 +111,8 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	for _, k := range status.Handshakes.Kinds {
 		send(handshakesDesc, prometheus.CounterValue, float64(k.Count), k.Version, k.Group, strconv.FormatBool(k.Resumed))
 	}
+	send(reloadsDesc, prometheus.CounterValue, float64(status.Reloads.OK), "ok")
+	send(reloadsDesc, prometheus.CounterValue, float64(status.Reloads.Failed), "error")
 	s.collectCerts(send)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
 }

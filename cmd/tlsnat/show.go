@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/admin"
+)
+
+// client is who to ask about the running gateway: the admin that the settings name.
+func (p *program) client() (*admin.Client, error) {
+	return admin.NewClient(cmp.Or(p.setting("ADMIN"), "127.0.0.1:9180"), p.setting("ADMIN_TOKEN"))
+}
+
+// view is a thing to show: how to get it, and how it looks as a table.
+type view struct {
+	get   func(ctx context.Context, c *admin.Client, limit int) (any, error)
+	table func(w io.Writer, answer any)
+}
+
+// viewOf makes a view of typed functions.
+func viewOf[T any](get func(*admin.Client, context.Context, int) (T, error), table func(io.Writer, T)) view {
+	return view{
+		get:   func(ctx context.Context, c *admin.Client, limit int) (any, error) { return get(c, ctx, limit) },
+		table: func(w io.Writer, answer any) { table(w, answer.(T)) },
+	}
+}
+
+var views = map[string]view{
+	"map":   viewOf((*admin.Client).Map, showMap),
+	"conns": viewOf((*admin.Client).Conns, showConns),
+	"certs": viewOf((*admin.Client).Certs, showCerts),
+	"generations": viewOf(func(c *admin.Client, ctx context.Context, _ int) (admin.GenerationsAnswer, error) {
+		return c.Generations(ctx)
+	}, showGenerations),
+}
+
+// show prints tables of the running gateway, as a switch does.
+func (p *program) show(args []string) int {
+	what := ""
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		what, args = args[0], args[1:]
+	}
+	v, ok := views[what]
+	flags := flag.NewFlagSet("show", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	asJSON := flags.Bool("json", false, "")
+	watch := flags.Bool("watch", false, "")
+	limit := flags.Int("limit", 100, "")
+	if err := flags.Parse(args); err != nil || !ok || flags.NArg() > 0 {
+		fmt.Fprintf(p.err, "tlsnat show: write tlsnat show %s [--json] [--watch] [--limit N]\n",
+			strings.Join(slices.Sorted(maps.Keys(views)), "|"))
+		return exitUsage
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	for {
+		if err := p.showOnce(ctx, v, *limit, *asJSON); err != nil {
+			return p.cannot(err)
+		}
+		if !*watch {
+			return exitOK
+		}
+		const again = 2 * time.Second
+		select {
+		case <-ctx.Done():
+			return exitOK
+		case <-time.After(again):
+		}
+		if !*asJSON {
+			fmt.Fprintln(p.out)
+		}
+	}
+}
+
+func (p *program) showOnce(ctx context.Context, v view, limit int, asJSON bool) error {
+	c, err := p.client()
+	if err != nil {
+		return err
+	}
+	answer, err := v.get(ctx, c, limit)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return json.NewEncoder(p.out).Encode(answer)
+	}
+	w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
+	v.table(w, answer)
+	return w.Flush()
+}
+
+// row writes the cells of a line of a table. What comes from clients has nothing in it that a terminal obeys.
+func row(w io.Writer, cells ...any) {
+	for i, cell := range cells {
+		if i > 0 {
+			fmt.Fprint(w, "\t")
+		}
+		text := fmt.Sprint(cell)
+		if text == "" {
+			text = "-"
+		}
+		fmt.Fprint(w, printable(text))
+	}
+	fmt.Fprintln(w)
+}
+
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+func showMap(w io.Writer, a admin.MapAnswer) {
+	row(w, "LISTEN", "NAME", "TO", "MODE", "OPEN", "TOTAL", "RULE")
+	for _, r := range a.Rules {
+		to := strings.Join(r.Backends, " ")
+		if to == "" {
+			to = r.Action
+		}
+		row(w, r.Listen, r.Name, to, r.Mode, r.Open, r.Total, r.Rule)
+	}
+	more(w, len(a.Rules), a.Total)
+}
+
+func showConns(w io.Writer, a admin.ConnsAnswer) {
+	row(w, "ID", "CLIENT", "LISTEN", "SNI", "TLS", "BACKEND", "STAGE", "UP", "DOWN", "AGE", "IDLE", "RULE")
+	for _, c := range a.Connections {
+		row(w, c.ID, c.Client, c.Listen, c.SNI, c.TLS, c.Backend, c.Stage, size(c.Up), size(c.Down), since(c.AgeMS), since(c.IdleMS), c.Rule)
+	}
+	more(w, len(a.Connections), int(a.Total))
+}
+
+func showCerts(w io.Writer, a admin.CertsAnswer) {
+	row(w, "NAMES", "KEY", "EXPIRES", "IN", "ISSUER", "FILE")
+	for _, c := range a.Certificates {
+		names := strings.Join(c.Names, " ")
+		for _, addr := range c.Addrs {
+			names += " " + addr.String()
+		}
+		days := int(time.Until(c.NotAfter).Hours() / 24)
+		row(w, strings.TrimSpace(names), c.KeyType, c.NotAfter.UTC().Format(time.DateOnly), count(days, "day"), c.Issuer, c.File)
+	}
+	more(w, len(a.Certificates), a.Total)
+}
+
+func showGenerations(w io.Writer, a admin.GenerationsAnswer) {
+	row(w, "GENERATION", "SINCE", "RULES", "CERTIFICATES", "OPEN", "OLDEST")
+	for _, g := range a.Generations {
+		number := fmt.Sprint(g.Number)
+		if g.Current {
+			number += " (current)"
+		}
+		row(w, number, g.Since.Local().Format(time.DateTime), g.Rules, g.Certificates, g.Open, since(g.OldestMS))
+	}
+	for _, g := range a.Generations {
+		writeChanges(w, fmt.Sprintf("\ngeneration %d changed:\n", g.Number), g.Added, g.Removed)
+	}
+}
+
+// writeChanges lists rules that came and went, under a heading if there are any.
+func writeChanges(w io.Writer, heading string, added, removed []string) {
+	if len(added)+len(removed) > 0 {
+		fmt.Fprint(w, heading)
+	}
+	for _, r := range removed {
+		fmt.Fprintln(w, "  - "+printable(r))
+	}
+	for _, r := range added {
+		fmt.Fprintln(w, "  + "+printable(r))
+	}
+}
+
+func more(w io.Writer, shown, total int) {
+	if shown < total {
+		fmt.Fprintf(w, "\n%d of %d; --limit shows more\n", shown, total)
+	}
+}
+
+func size(n int64) string {
+	switch {
+	case n < 10<<10:
+		return fmt.Sprint(n)
+	case n < 10<<20:
+		return fmt.Sprintf("%d KiB", n>>10)
+	}
+	return fmt.Sprintf("%d MiB", n>>20)
+}
+
+func since(ms int64) string {
+	d := time.Duration(ms) * time.Millisecond
+	if d < 10*time.Second {
+		return d.Round(time.Millisecond).String()
+	}
+	return d.Round(time.Second).String()
+}
+
+// reload has the running gateway read its map and certificates again, and says what came of it.
+func (p *program) reload(args []string) int {
+	if !p.noArguments("reload", args) {
+		return exitUsage
+	}
+	c, err := p.client()
+	if err != nil {
+		return p.cannot(err)
+	}
+	r, err := c.Reload(context.Background())
+	if err != nil {
+		return p.cannot(err)
+	}
+	for _, problem := range r.Problems {
+		fmt.Fprintln(p.err, problem)
+	}
+	if !r.OK {
+		fmt.Fprintf(p.err, "not reloaded: generation %d is still served\n", r.Generation)
+		return exitInput
+	}
+	fmt.Fprintf(p.out, "reloaded in %s: generation %d, %s\n", since(r.TookMS), r.Generation, changes(r))
+	writeChanges(p.out, "", r.Added, r.Removed)
+	return exitOK
+}
+
+func changes(r gateway.Reloaded) string {
+	if len(r.Added)+len(r.Removed) == 0 {
+		return "the same rules"
+	}
+	return fmt.Sprintf("%s added, %d removed", count(len(r.Added), "rule"), len(r.Removed))
+}

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// Reloaded is how an attempt to change the configuration ended.
+type Reloaded struct {
+	At         time.Time `json:"at"`
+	OK         bool      `json:"ok"`
+	Generation uint64    `json:"generation"` // what new connections get, whether or not it is a new one
+	TookMS     int64     `json:"took_ms"`
+	Added      []string  `json:"added,omitempty"`    // rules, as the map writes them
+	Removed    []string  `json:"removed,omitempty"`  // a changed rule is in both
+	Problems   []string  `json:"problems,omitempty"` // errors and warnings; with an error nothing has changed
+}
+
+// reloader is what the gateway keeps about its generations.
+type reloader struct {
+	one  sync.Mutex // one reload at a time
+	mu   sync.Mutex // over what follows
+	last *Reloaded
+	ok   uint64
+	bad  uint64
+	old  []*generation // not current any more, and with connections when it was looked at last
+}
+
+// Reload reads map, certificates and all other files again, as ReadConfig does, and puts a new generation in the place
+// of the current one: at once, or not at all. Connections keep the generation that they began under. Ports that stay
+// keep their sockets; new ones are open before anything changes, and those that are gone are closed when Reload returns.
+func (g *Gateway) Reload() Reloaded {
+	g.reloads.one.Lock()
+	defer g.reloads.one.Unlock()
+	r := &Reloaded{At: time.Now(), Generation: g.current.Load().number}
+	aside(func() { g.reload(r) })
+	r.TookMS = time.Since(r.At).Milliseconds()
+	g.noteReload(r)
+	return *r
+}
+
+func (g *Gateway) reload(r *Reloaded) {
+	c, problems := ReadConfig(g.settings)
+	for _, p := range problems {
+		r.Problems = append(r.Problems, p.String())
+	}
+	if c == nil || g.Draining() {
+		return
+	}
+	if err := g.change(c, r); err != nil {
+		r.Problems = append(r.Problems, err.Error())
+	}
+}
+
+// aside runs f on a thread of its own that yields to everybody else, so that the loops don't wait for it: to the Go
+// scheduler a goroutine that computes for long is as good as any other. The thread ends with f.
+func aside(f func()) {
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1)
+	defer func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) - 1) }()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: a thread can't get its old priority back
+		const nice = 10
+		_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), nice)
+		f()
+	}()
+	<-done
+}
+
+// change makes the configuration the current one, or returns why it can't and leaves everything as it is.
+func (g *Gateway) change(c *Config, r *Reloaded) error {
+	last := g.current.Load()
+	gen := g.newGeneration(c, last)
+	for _, p := range gen.resolve(context.Background()) {
+		r.Problems = append(r.Problems, "warning: "+p)
+	}
+	var added, removed []endpoint
+	have, want := last.endpoints(), gen.endpoints()
+	added, removed = without(want, have), without(have, want)
+	opened, err := g.openListeners(gen, added)
+	if err != nil {
+		return err
+	}
+	r.Added, r.Removed = difference(last.config.Map, gen.config.Map)
+	gen.added, gen.removed = r.Added, r.Removed
+	g.maxConns.Store(g.connectionLimit(gen))
+	g.current.Store(gen)
+	g.reloads.retire(last)
+	g.swap(gen, opened)
+	g.retireRules(last, gen)
+	g.close(removed)
+	r.OK, r.Generation = true, gen.number
+	return nil
+}
+
+// without returns those of all that are not among others.
+func without(all, others []endpoint) (rest []endpoint) {
+	there := make(map[endpoint]bool, len(others))
+	for _, e := range others {
+		there[e] = true
+	}
+	for _, e := range all {
+		if !there[e] {
+			rest = append(rest, e)
+		}
+	}
+	return rest
+}
+
+// openListeners opens a listener on each loop for each endpoint: all of them, or none.
+func (g *Gateway) openListeners(gen *generation, all []endpoint) (opened []*listener, err error) {
+	var errs []error
+	for _, e := range all {
+		errs = append(errs, probePort(e.addr, e.port))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	for _, e := range all {
+		rules := gen.port(e.addr, e.port)
+		for _, l := range g.loops {
+			ln := &listener{loop: l, addr: e.addr, port: e.port, gen: gen, rules: rules, name: listenName(e.addr, e.port)}
+			if err := ln.open(); err != nil {
+				for _, ln := range opened {
+					_ = unix.Close(int(ln.fd))
+				}
+				return nil, err
+			}
+			opened = append(opened, ln)
+		}
+	}
+	return opened, nil
+}
+
+// swap has every loop serve the new generation, and adopt its new listeners. A loop does it between two events: a
+// connection is accepted under the one generation or the other.
+func (g *Gateway) swap(gen *generation, opened []*listener) {
+	rules := map[endpoint]*portRules{}
+	for _, e := range gen.endpoints() {
+		rules[e] = gen.port(e.addr, e.port)
+	}
+	g.onLoops(func(l *loop) {
+		for _, ln := range l.listeners {
+			if r := rules[endpoint{ln.addr, ln.port}]; r != nil {
+				ln.gen, ln.rules = gen, r
+			}
+		}
+		for _, ln := range opened {
+			if ln.loop == l {
+				l.adopt(ln)
+			}
+		}
+	})
+}
+
+// adopt begins to accept on a listener that is open already.
+func (l *loop) adopt(ln *listener) {
+	l.listeners = append(l.listeners, ln)
+	if err := l.watchListener(ln); err != nil {
+		ln.rest(unix.ENOMEM)
+	}
+}
+
+// onLoops runs f on every loop and waits until all have.
+func (g *Gateway) onLoops(f func(*loop)) {
+	var done sync.WaitGroup
+	for _, l := range g.loops {
+		ran := make(chan struct{})
+		l.post(func() {
+			defer close(ran)
+			f(l)
+		})
+		done.Go(func() {
+			select {
+			case <-ran:
+			case <-l.done:
+			}
+		})
+	}
+	done.Wait()
+}
+
+// close closes the listeners of ports that nobody serves any more, after last calls: whoever believes to be connected
+// is served.
+func (g *Gateway) close(gone []endpoint) {
+	if len(gone) == 0 {
+		return
+	}
+	closing := map[endpoint]bool{}
+	for _, e := range gone {
+		closing[e] = true
+	}
+	each := func(do func(*listener)) {
+		g.onLoops(func(l *loop) {
+			for _, ln := range l.listeners {
+				if closing[endpoint{ln.addr, ln.port}] {
+					do(ln)
+				}
+			}
+		})
+	}
+	each((*listener).lastCalls)
+	time.Sleep(lastCall)
+	each((*listener).close)
+	g.onLoops(func(l *loop) {
+		l.listeners = slices.DeleteFunc(l.listeners, func(ln *listener) bool { return ln.closing })
+	})
+}
+
+// retireRules gives the connections of rules that are gone, and that say drain=, so long to end.
+func (g *Gateway) retireRules(last, gen *generation) {
+	gone := map[*route]bool{}
+	for rule, r := range last.routes {
+		if rule.Options.Drain > 0 && gen.byKey[keyOf(rule)] == nil {
+			gone[r] = true
+		}
+	}
+	if len(gone) == 0 {
+		return
+	}
+	g.onLoops(func(l *loop) {
+		for c := range l.conns {
+			if gone[c.route] {
+				c.retire(int64(c.route.rule.Options.Drain))
+			}
+		}
+	})
+}
+
+// retire has a connection whose rule is gone end within d nanoseconds.
+func (c *conn) retire(d int64) {
+	if end := c.loop.now + d; c.end == 0 || end < c.end {
+		c.end, c.retired = end, true
+		if c.stage == relaying { // the timers of the stages before are shorter, and the next one heeds the end
+			c.setDeadline(0)
+		}
+	}
+}
+
+// ruleKey tells rules of two generations that are about the same clients.
+type ruleKey struct {
+	listen natmap.Listen
+	name   string
+}
+
+func keyOf(r *natmap.Rule) ruleKey { return ruleKey{r.Listen, r.Name} }
+
+// difference is what a reload changed: rules that are only in the new map, and those that are only in the old one.
+func difference(old, now *natmap.Map) (added, removed []string) {
+	was, is := map[string]int{}, map[string]int{}
+	for _, r := range old.Rules {
+		was[r.String()]++
+	}
+	for _, r := range now.Rules {
+		is[r.String()]++
+	}
+	return surplus(now, was), surplus(old, is)
+}
+
+// surplus lists the rules of m that are not in others, at most listedRules of them.
+func surplus(m *natmap.Map, others map[string]int) (rest []string) {
+	more := 0
+	for _, r := range m.Rules {
+		text := r.String()
+		if others[text] > 0 {
+			others[text]--
+			continue
+		}
+		if len(rest) == listedRules {
+			more++
+			continue
+		}
+		rest = append(rest, text)
+	}
+	if more > 0 {
+		rest = append(rest, fmt.Sprintf("and %d more", more))
+	}
+	return rest
+}
+
+// listedRules are as many as somebody reads.
+const listedRules = 100
+
+// noteReload says in the log, in the counters and for the status how it went.
+func (g *Gateway) noteReload(r *Reloaded) {
+	s := &g.reloads
+	s.mu.Lock()
+	s.last = r
+	if r.OK {
+		s.ok++
+	} else {
+		s.bad++
+	}
+	s.mu.Unlock()
+	const enough = 20 // lines of the log
+	for i, p := range r.Problems {
+		if i == enough {
+			g.log.Warn(fmt.Sprintf("and %d more; 'tlsnat check' lists them all", len(r.Problems)-enough))
+			break
+		}
+		g.log.Warn(p)
+	}
+	fields := []zap.Field{zap.Uint64("generation", r.Generation), zap.Int("rules_added", len(r.Added)),
+		zap.Int("rules_removed", len(r.Removed)), zap.Int64("took_ms", r.TookMS)}
+	if r.OK {
+		g.log.Info("reloaded", fields...)
+	} else {
+		g.log.Error("not reloaded: the configuration stays as it was", fields[0])
+	}
+}
+
+// retire keeps a generation that connections may still run under, and forgets those that none does.
+func (s *reloader) retire(gen *generation) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.old = slices.DeleteFunc(append(s.old, gen), func(gen *generation) bool { return gen.open.Load() == 0 })
+}
+
+// living are the generations in use but the current one, the newest first.
+func (s *reloader) living() []*generation {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.old = slices.DeleteFunc(s.old, func(gen *generation) bool { return gen.open.Load() == 0 })
+	all := slices.Clone(s.old)
+	slices.Reverse(all)
+	return all
+}

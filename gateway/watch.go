@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"context"
+	"encoding/binary"
+	"hash/maphash"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+const (
+	// Files are looked at this often, and never for more than a hundredth of the time.
+	watchEvery = time.Second
+	watchShare = 100
+)
+
+// watch reloads when what was read is not what is there any more. It looks at files by their names, as the next reload
+// will: so it sees what editors rename, what Kubernetes swaps by a symbolic link, and files that are mounted one by
+// one or over a network, none of which inotify tells of reliably. A change counts once it has come to rest, so that a
+// certificate isn't read without its key.
+func (g *Gateway) watch(ctx context.Context) {
+	seed := maphash.MakeSeed()
+	files := g.settings.files()
+	served, before := fingerprint(seed, files), uint64(0)
+	pause := watchEvery
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		began := time.Now()
+		now := fingerprint(seed, files)
+		if now != served && now == before {
+			served = now // with a mistake in it, too: the next change is the next attempt
+			g.Reload()
+		}
+		before = now
+		pause = max(watchEvery, watchShare*time.Since(began))
+	}
+}
+
+// files are what a configuration is read from: files, and directories with all that is in them.
+func (s *Settings) files() (all []string) {
+	for _, path := range []string{s.MapFile, s.Certs} {
+		if path != "" {
+			all = append(all, path)
+		}
+	}
+	return all
+}
+
+// fingerprint changes when one of the files does: its size, its time, or which file the name leads to.
+func fingerprint(seed maphash.Seed, files []string) uint64 {
+	var h maphash.Hash
+	h.SetSeed(seed)
+	for _, path := range files {
+		addFile(&h, path, 2) // certificates may be one level below their directory
+	}
+	return h.Sum64()
+}
+
+func addFile(h *maphash.Hash, path string, depth int) {
+	_, _ = h.WriteString(path)
+	info, err := os.Stat(path)
+	if err != nil {
+		_ = h.WriteByte(0)
+		return
+	}
+	if info.IsDir() {
+		if depth > 0 {
+			entries, _ := os.ReadDir(path)
+			for _, e := range entries {
+				addFile(h, filepath.Join(path, e.Name()), depth-1)
+			}
+		}
+		return
+	}
+	var b [24]byte
+	binary.LittleEndian.PutUint64(b[:], uint64(info.Size()))
+	binary.LittleEndian.PutUint64(b[8:], uint64(info.ModTime().UnixNano()))
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		binary.LittleEndian.PutUint64(b[16:], st.Ino)
+	}
+	_, _ = h.Write(b[:])
+}
