@@ -6,7 +6,7 @@
 //	go run ./bench/report -rounds 3 -bench Echo  # less of it, to look at
 //	go run ./bench/report -rounds 0              # only write the table and the charts again, from bench/results/raw.txt
 //
-// It replaces what stands between the two marker comments of bench/README.md, writes charts to bench/charts and leaves every line of every round in
+// It replaces what stands between the two marker comments of bench/README.md and of the repository's README.md, writes charts to bench/charts and leaves every line of every round in
 // bench/results/raw.txt, in Go's benchmark format, for benchstat. A round takes every peer in turn through every case, so a median is over measurements
 // that lie minutes apart. It does not judge: what is better is said by the ratio, and whether the difference is one by benchstat.
 package main
@@ -105,15 +105,24 @@ func write(dir string) error {
 			return err
 		}
 	}
-	readme := filepath.Join(dir, "README.md")
-	text, err := os.ReadFile(readme)
+	for readme, figures := range map[string][]byte{"README.md": m.tables(), filepath.Join("..", "README.md"): m.short()} {
+		if err := rewrite(filepath.Join(dir, readme), figures); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rewrite puts figures between the marker comments of a file.
+func rewrite(path string, figures []byte) error {
+	text, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
-	if text, err = replaceFigures(text, m.tables()); err != nil {
-		return fmt.Errorf("%s: %w", readme, err)
+	if text, err = replaceFigures(text, figures); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
 	}
-	return os.WriteFile(readme, text, 0o644)
+	return os.WriteFile(path, text, 0o644)
 }
 
 const (

@@ -71,7 +71,37 @@ var sections = []table{
 	}},
 }
 
-// tables are everything that stands between the markers of the README.
+// summary is what the repository's README shows.
+var summary = table{rows: []row{
+	{"full handshake + 256 B echo, ECDSA P-256", "Handshake/ecdsa", cpuPerOp},
+	{"resumed handshake + 256 B echo", "Handshake/resumed", cpuPerOp},
+	{"full handshake, RSA-2048", "Handshake/rsa", cpuPerOp},
+	{"echo of 256 B", "Echo/256B", cpuPerOp},
+	{"bulk, backend to client", "Bulk/down", cpuPerGiB},
+	{"bulk, client to backend", "Bulk/up", cpuPerGiB},
+	{"`mode=tcp` bulk", "Passthrough/tcp-down", cpuPerGiB},
+	{"memory of an idle connection", "Idle/4000", memory},
+	{"p99 of an echo beside 4 streams of 50 MiB/s", "Latency/bulk", tail},
+	{"p99 of an echo beside twice as many new clients as fit", "Latency/twice", tail},
+}}
+
+// short is the summary with what it rests on.
+func (m *measured) short() []byte {
+	var out bytes.Buffer
+	fmt.Fprintf(&out, "![%s](bench/charts/%s)\n\n", charts[0].title, charts[0].file)
+	m.writeTable(&out, summary)
+	var versions []string
+	for _, g := range gateways {
+		if words, _, _ := strings.Cut(m.fact("peer-"+g), ","); words != "" && g != us {
+			versions = append(versions, words)
+		}
+	}
+	fmt.Fprintf(&out, "Medians of %d rounds on %s, the gateway on one core; CPU time for a unit of work unless the unit says otherwise. Beside it: %s.\n",
+		m.rounds(), m.fact("cpu"), strings.Join(versions, "; "))
+	return out.Bytes()
+}
+
+// tables are everything that stands between the markers of the report's README.
 func (m *measured) tables() []byte {
 	var out bytes.Buffer
 	m.writeConditions(&out)
@@ -87,8 +117,11 @@ func (m *measured) tables() []byte {
 // writeTable writes a section. The ratio is our figure to the best of the peers'; below 1 is better, or above 1 where more is better.
 func (m *measured) writeTable(out *bytes.Buffer, t table) {
 	columns := m.present()
-	fmt.Fprintf(out, "### %s\n\n| | unit | %s | no gateway | tlsnat to best peer |\n|---|---|%s\n",
-		t.title, strings.Join(columns, " | "), strings.Repeat("--:|", len(columns)+2))
+	if t.title != "" {
+		fmt.Fprintf(out, "### %s\n\n", t.title)
+	}
+	fmt.Fprintf(out, "| | unit | %s | no gateway | tlsnat to best peer |\n|---|---|%s\n",
+		strings.Join(columns, " | "), strings.Repeat("--:|", len(columns)+2))
 	for _, r := range t.rows {
 		cells := []string{r.title, r.unit}
 		for _, g := range append(columns, floor) {
