@@ -155,16 +155,17 @@ func pssOf(pid int) (int64, error) {
 	return 0, errors.New("smaps_rollup has no line Pss:")
 }
 
-// settledPSS waits until the size stays within 1 % for a second (collectors and allocators give back late), for ten seconds at most. A short round waits
-// a fifth of that.
+// settledPSS waits for six seconds, and then until the size stays within 1 % for a second (collectors and allocators give back late), for ten seconds at
+// most. A short round waits a fifth of that.
 func (p *process) settledPSS() (int64, error) {
-	last, err := p.pss()
-	if err != nil {
-		return 0, err
-	}
 	pause := 500 * time.Millisecond
 	if short {
 		pause /= 5
+	}
+	time.Sleep(12 * pause)
+	last, err := p.pss()
+	if err != nil {
+		return 0, err
 	}
 	for calm, tries := 0, 0; calm < 2 && tries < 20; tries++ {
 		time.Sleep(pause)

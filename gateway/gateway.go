@@ -117,6 +117,7 @@ func (g *Gateway) Start() error {
 		go l.run()
 	}
 	g.ended.Go(func() { g.keepResolving(ctx) })
+	g.ended.Go(func() { trim(ctx) })
 	if g.settings.Watch == "on" {
 		g.ended.Go(func() { g.watch(ctx) })
 	}
