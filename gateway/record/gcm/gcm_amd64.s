@@ -2,6 +2,7 @@
 
 //go:build !purego
 
+#include "go_asm.h"
 #include "textflag.h"
 
 // AES-GCM (NIST SP 800-38D) sixteen blocks at a time: AES in counter mode with VAES, GHASH with VPCLMULQDQ, both on four
@@ -42,31 +43,31 @@
 // The last sixteen blocks are multiplied by H^16..H^13, H^12..H^9, H^8..H^5, H^4..H^1 instead, which brings each lane to
 // where it belongs, and the sum of the lanes is GHASH.
 //
-// # The object (type aead)
+// # Powers of H
 //
-// 0(AX) H^20/x, H^19/x … H^1/x: H^k is at (20-k)*16. The end of a text is at most 16 blocks, the block of the lengths
-// comes behind it, so H^17 is needed; a whole register of them is as cheap. What lies behind is read by the loads
-// for a last register that has fewer than four blocks, and multiplied by zeros: it has to be there, not to mean something.
-// 320(AX) the round keys. 560(AX) the number of rounds.
-#define KEYS 320
-#define ROUNDS 560
-#define POWER(k) ((20-k)*16)(AX)
+// H^20/x, H^19/x … H^1/x are in the object in this order. The end of a text is at most 16 blocks, and the block of the
+// lengths comes behind it, so that H^17 is needed; a whole register of them is as cheap as one. What the object has
+// behind them is read with them when a text's last register has fewer than four blocks, and multiplied by zeros: it has
+// to be there, not to mean something.
+#define POWER(k) (aead_powers+(20-k)*16)(AX)
+#define KEY(i) (aead_keys+i*16)(AX)
+#define ROUNDS aead_rounds(AX)
 
 // Registers of ·crypt:
 //
-//	Z0-Z3    AES states of up to 16 blocks         AX   the object
-//	Z4-Z6    lo, mid, hi                           DI   dst, SI src: the next bytes
-//	Z7-Z9, Z15  scratch                            BX   the next ciphertext to be hashed
-//	Z10      counter blocks, bytes reversed        R8   where the last round key is
-//	Z11      4 in each lane                        R9   where the tag goes
-//	Z12      reverses the bytes of each lane       R10  the next powers of H
-//	Z13      the reduction's factor                R11  chunks to be hashed, R12 to be encrypted
-//	Z14      Y, bytes reversed                     R13  bytes after the last whole chunk
-//	Z16-Z25  round keys 0-9, Z26 the last          CX, DX scratch
-//	Z27      AES(J0), which hides the tag          K1   bytes there are
+//	Z0-Z3    AES states of up to 16 blocks              AX   the object
+//	Z4-Z6    lo, mid, hi                                DI   dst, SI src: the next bytes
+//	Z7, Z11, Z13, Z25  ciphertext, bytes reversed       R8   where the last round key is
+//	Z8, Z9, Z15  scratch                                R9   where the tag goes
+//	Z10      counter blocks, bytes reversed             R10  the next powers of H
+//	Z12      reverses the bytes of each lane            R11  chunks to be hashed, R12 to be encrypted
+//	Z14      Y, bytes reversed                          R13  bytes after the last whole chunk
+//	Z16-Z24  round keys 0-8, Z26 the last               CX, DX scratch
+//	Z27      AES(J0), which hides the tag               K1   bytes there are
 //	Z28-Z31  powers of H
 //
-// A chunk is 256 bytes, 16 blocks, Z0-Z3.
+// A chunk is 256 bytes, 16 blocks, Z0-Z3. What of 32 registers there is no room for, it costs least to load: constants,
+// and the round keys from the ninth on, when the scratch registers are free.
 
 DATA reverse<>+0(SB)/8, $0x08090a0b0c0d0e0f
 DATA reverse<>+8(SB)/8, $0x0001020304050607
@@ -75,7 +76,13 @@ GLOBL reverse<>(SB), RODATA|NOPTR, $16
 // x^7+x^2+x of the field's polynomial, reflected (see Reduction).
 DATA factor<>+0(SB)/8, $0xc200000000000000
 DATA factor<>+8(SB)/8, $0
-GLOBL factor<>(SB), RODATA|NOPTR, $16
+DATA factor<>+16(SB)/8, $0xc200000000000000
+DATA factor<>+24(SB)/8, $0
+DATA factor<>+32(SB)/8, $0xc200000000000000
+DATA factor<>+40(SB)/8, $0
+DATA factor<>+48(SB)/8, $0xc200000000000000
+DATA factor<>+56(SB)/8, $0
+GLOBL factor<>(SB), RODATA|NOPTR, $64
 
 // 1/x, reflected.
 DATA inverse<>+0(SB)/8, $1
@@ -92,6 +99,15 @@ DATA ahead<>+40(SB)/8, $0
 DATA ahead<>+48(SB)/8, $4
 DATA ahead<>+56(SB)/8, $0
 GLOBL ahead<>(SB), RODATA|NOPTR, $64
+DATA step<>+0(SB)/8, $4
+DATA step<>+8(SB)/8, $0
+DATA step<>+16(SB)/8, $4
+DATA step<>+24(SB)/8, $0
+DATA step<>+32(SB)/8, $4
+DATA step<>+40(SB)/8, $0
+DATA step<>+48(SB)/8, $4
+DATA step<>+56(SB)/8, $0
+GLOBL step<>(SB), RODATA|NOPTR, $64
 
 // RotWord of the last word of a key, in all four words, and that word as it is.
 DATA rotated<>+0(SB)/8, $0x0c0f0e0d0c0f0e0d
@@ -111,7 +127,7 @@ GLOBL rcon<>(SB), RODATA|NOPTR, $32
 // Four counter blocks and the first AddRoundKey.
 #define COUNTER(z) \
 	VPSHUFB Z12, Z10, z; \
-	VPADDD  Z11, Z10, Z10; \
+	VPADDD  step<>(SB), Z10, Z10; \
 	VPXORQ  Z16, z, z
 
 #define COUNTERS \
@@ -126,10 +142,16 @@ GLOBL rcon<>(SB), RODATA|NOPTR, $32
 	VAESENC key, Z2, Z2; \
 	VAESENC key, Z3, Z3
 
-// A round with a key of AES-256 for which no register is left.
-#define ROUND_FROM(at) \
-	VBROADCASTI32X4 (KEYS+at*16)(AX), Z15; \
+// A round whose key has no register, and the four that AES-256 has more.
+#define ROUND_FROM(i) \
+	VBROADCASTI32X4 KEY(i), Z15; \
 	ROUND(Z15)
+
+#define ROUNDS_256 \
+	ROUND_FROM(10); \
+	ROUND_FROM(11); \
+	ROUND_FROM(12); \
+	ROUND_FROM(13)
 
 // The last round adds its key at its end: with the text added to that key it is encrypted too.
 #define FINISH(key0, key1, key2, key3) \
@@ -155,61 +177,69 @@ GLOBL rcon<>(SB), RODATA|NOPTR, $32
 	VPCLMULQDQ $0x10, h, v, mid2; \
 	VPCLMULQDQ $0x11, h, v, hi
 
-// The first two vectors of a chunk, the third (which leaves lo and hi in Z8 and Z9), and the fourth: XORs of three save
-// one in two.
+// The ciphertext of a chunk: what has been sealed, and what is about to be opened.
+#define TAKE_SEALED \
+	VPSHUFB Z12, Z0, Z7; \
+	VPSHUFB Z12, Z1, Z11; \
+	VPSHUFB Z12, Z2, Z13; \
+	VPSHUFB Z12, Z3, Z25
+
+#define TAKE_SOURCE \
+	VMOVDQU64 (SI), Z7; \
+	VMOVDQU64 64(SI), Z11; \
+	VMOVDQU64 128(SI), Z13; \
+	VMOVDQU64 192(SI), Z25; \
+	VPSHUFB   Z12, Z7, Z7; \
+	VPSHUFB   Z12, Z11, Z11; \
+	VPSHUFB   Z12, Z13, Z13; \
+	VPSHUFB   Z12, Z25, Z25
+
+// GHASH of a chunk, without its reduction, in four parts. XORs of three (VPTERNLOGQ $0x96) save one in two, so partial
+// products wait in the scratch registers from one part to the next.
 #define HASH_FIRST \
-	VMOVDQU64  (BX), Z7; \
-	VPSHUFB    Z12, Z7, Z7; \
-	VPXORQ     Z14, Z7, Z7; \
+	VPXORQ Z14, Z7, Z7; \
 	PRODUCT(Z7, Z28, Z4, Z5, Z15, Z6)
 
 #define HASH_SECOND \
-	VMOVDQU64  64(BX), Z7; \
-	VPSHUFB    Z12, Z7, Z7; \
-	VPCLMULQDQ $0x01, Z29, Z7, Z8; \
-	VPCLMULQDQ $0x10, Z29, Z7, Z9; \
+	VPCLMULQDQ $0x01, Z29, Z11, Z8; \
+	VPCLMULQDQ $0x10, Z29, Z11, Z9; \
 	VPTERNLOGQ $0x96, Z15, Z8, Z5; \
-	VPCLMULQDQ $0x00, Z29, Z7, Z8; \
-	VPCLMULQDQ $0x11, Z29, Z7, Z15
+	VPCLMULQDQ $0x00, Z29, Z11, Z8; \
+	VPCLMULQDQ $0x11, Z29, Z11, Z15
 
 #define HASH_THIRD \
-	VMOVDQU64  128(BX), Z7; \
-	VPSHUFB    Z12, Z7, Z7; \
-	VPCLMULQDQ $0x00, Z30, Z7, Z14; \
+	VPCLMULQDQ $0x00, Z30, Z13, Z14; \
 	VPTERNLOGQ $0x96, Z14, Z8, Z4; \
-	VPCLMULQDQ $0x01, Z30, Z7, Z14; \
+	VPCLMULQDQ $0x01, Z30, Z13, Z14; \
 	VPTERNLOGQ $0x96, Z14, Z9, Z5; \
-	VPCLMULQDQ $0x11, Z30, Z7, Z14; \
+	VPCLMULQDQ $0x11, Z30, Z13, Z14; \
 	VPTERNLOGQ $0x96, Z14, Z15, Z6; \
-	VPCLMULQDQ $0x10, Z30, Z7, Z15
+	VPCLMULQDQ $0x10, Z30, Z13, Z15
 
 #define HASH_FOURTH \
-	VMOVDQU64  192(BX), Z7; \
-	VPSHUFB    Z12, Z7, Z7; \
-	VPCLMULQDQ $0x01, Z31, Z7, Z8; \
-	VPCLMULQDQ $0x10, Z31, Z7, Z9; \
+	VPCLMULQDQ $0x01, Z31, Z25, Z8; \
+	VPCLMULQDQ $0x10, Z31, Z25, Z9; \
 	VPTERNLOGQ $0x96, Z8, Z15, Z5; \
-	VPCLMULQDQ $0x00, Z31, Z7, Z8; \
-	VPCLMULQDQ $0x11, Z31, Z7, Z15; \
+	VPCLMULQDQ $0x00, Z31, Z25, Z8; \
+	VPCLMULQDQ $0x11, Z31, Z25, Z15; \
 	VPXORQ     Z9, Z5, Z5; \
 	VPXORQ     Z8, Z4, Z4; \
-	VPXORQ     Z15, Z6, Z6; \
-	ADDQ       $256, BX
+	VPXORQ     Z15, Z6, Z6
 
 // The two halves of a reduction, for registers of any width. The second leaves its result in y.
-#define REDUCE_LO(lo, mid, factor, t, u) \
-	VPCLMULQDQ $0x00, factor, lo, t; \
+#define REDUCE_LO(lo, mid, t, u) \
+	VPCLMULQDQ $0x00, factor<>(SB), lo, t; \
 	VPSHUFD    $0x4e, lo, u; \
 	VPTERNLOGQ $0x96, t, u, mid
 
-#define REDUCE_MID(mid, hi, factor, t, y) \
-	VPCLMULQDQ $0x00, factor, mid, t; \
+#define REDUCE_MID(mid, hi, t, y) \
+	VPCLMULQDQ $0x00, factor<>(SB), mid, t; \
 	VPSHUFD    $0x4e, mid, y; \
 	VPTERNLOGQ $0x96, t, hi, y
 
 #define REDUCE \
-	REDUCE_LO(Z4, Z5, Z13, Z7, Z8); \
-	REDUCE_MID(Z5, Z6, Z13, Z7, Z14)
+	REDUCE_LO(Z4, Z5, Z8, Z9); \
+	REDUCE_MID(Z5, Z6, Z8, Z14)
 
 // X14 = the sum of the lanes of Z14.
 #define SUM_LANES \
@@ -218,28 +248,9 @@ GLOBL rcon<>(SB), RODATA|NOPTR, $32
 	VEXTRACTI128  $1, Y14, X7; \
 	VPXOR         X7, X14, X14
 
-// Keys and powers of H are not left behind. VZEROUPPER has cleared the upper parts of the first sixteen registers; the
-// others it does not know, and as long as they are in use they make each switch of threads dearer by a kilobyte.
-#define CLEAR_KEYS \
-	VZEROUPPER; \
-	VPXORQ X16, X16, X16; \
-	VPXORQ X17, X17, X17; \
-	VPXORQ X18, X18, X18; \
-	VPXORQ X19, X19, X19; \
-	VPXORQ X20, X20, X20; \
-	VPXORQ X21, X21, X21; \
-	VPXORQ X22, X22, X22; \
-	VPXORQ X23, X23, X23; \
-	VPXORQ X24, X24, X24; \
-	VPXORQ X25, X25, X25; \
-	VPXORQ X26, X26, X26; \
-	VPXORQ X27, X27, X27; \
-	VPXORQ X28, X28, X28; \
-	VPXORQ X29, X29, X29; \
-	VPXORQ X30, X30, X30; \
-	VPXORQ X31, X31, X31
-
 // func crypt(a *aead, dst, src *byte, n int, nonce *byte, data *byte, dataLen int, tag *byte, opening bool)
+//
+// It loads no byte outside of what it is given: masked-out bytes of a load do not fault.
 TEXT ·crypt(SB), NOSPLIT, $0-65
 	MOVQ a+0(FP), AX
 	MOVQ dst+8(FP), DI
@@ -257,22 +268,19 @@ TEXT ·crypt(SB), NOSPLIT, $0-65
 	MOVL            $0x01000000, CX
 	VPINSRD         $3, CX, X10, X10
 	VBROADCASTI32X4 reverse<>(SB), Z12
-	VBROADCASTI32X4 factor<>(SB), Z13
-	VBROADCASTI32X4 ahead<>+48(SB), Z11
 
-	MOVL            ROUNDS(AX), R8
+	MOVL            ROUNDS, R8
 	SHLQ            $4, R8
-	LEAQ            KEYS(AX)(R8*1), R8
-	VBROADCASTI32X4 (KEYS+0*16)(AX), Z16
-	VBROADCASTI32X4 (KEYS+1*16)(AX), Z17
-	VBROADCASTI32X4 (KEYS+2*16)(AX), Z18
-	VBROADCASTI32X4 (KEYS+3*16)(AX), Z19
-	VBROADCASTI32X4 (KEYS+4*16)(AX), Z20
-	VBROADCASTI32X4 (KEYS+5*16)(AX), Z21
-	VBROADCASTI32X4 (KEYS+6*16)(AX), Z22
-	VBROADCASTI32X4 (KEYS+7*16)(AX), Z23
-	VBROADCASTI32X4 (KEYS+8*16)(AX), Z24
-	VBROADCASTI32X4 (KEYS+9*16)(AX), Z25
+	LEAQ            aead_keys(AX)(R8*1), R8
+	VBROADCASTI32X4 KEY(0), Z16
+	VBROADCASTI32X4 KEY(1), Z17
+	VBROADCASTI32X4 KEY(2), Z18
+	VBROADCASTI32X4 KEY(3), Z19
+	VBROADCASTI32X4 KEY(4), Z20
+	VBROADCASTI32X4 KEY(5), Z21
+	VBROADCASTI32X4 KEY(6), Z22
+	VBROADCASTI32X4 KEY(7), Z23
+	VBROADCASTI32X4 KEY(8), Z24
 	VBROADCASTI32X4 (R8), Z26
 
 	VPXORQ  X16, X10, X27
@@ -284,13 +292,13 @@ TEXT ·crypt(SB), NOSPLIT, $0-65
 	VAESENC X22, X27, X27
 	VAESENC X23, X27, X27
 	VAESENC X24, X27, X27
-	VAESENC X25, X27, X27
-	CMPL    ROUNDS(AX), $10
+	VAESENC KEY(9), X27, X27
+	CMPL    ROUNDS, $10
 	JEQ     hidden
-	VAESENC (KEYS+10*16)(AX), X27, X27
-	VAESENC (KEYS+11*16)(AX), X27, X27
-	VAESENC (KEYS+12*16)(AX), X27, X27
-	VAESENC (KEYS+13*16)(AX), X27, X27
+	VAESENC KEY(10), X27, X27
+	VAESENC KEY(11), X27, X27
+	VAESENC KEY(12), X27, X27
+	VAESENC KEY(13), X27, X27
 
 hidden:
 	VAESENCLAST X26, X27, X27
@@ -317,8 +325,8 @@ data:
 	VPXOR   X14, X7, X7
 	PRODUCT(X7, X3, X4, X5, X15, X6)
 	VPXOR   X15, X5, X5
-	REDUCE_LO(X4, X5, X13, X7, X8)
-	REDUCE_MID(X5, X6, X13, X7, X14)
+	REDUCE_LO(X4, X5, X7, X8)
+	REDUCE_MID(X5, X6, X7, X14)
 	ADDQ    DX, R10
 	SUBQ    DX, R11
 	JNZ     data
@@ -334,12 +342,10 @@ text:
 	VBROADCASTI32X4 POWER(8), Z30
 	VBROADCASTI32X4 POWER(4), Z31
 	MOVQ            R12, R11
-	MOVQ            SI, BX
 	CMPB            opening+64(FP), $0
-	JNE             both
+	JNE             source
 
 	// What is hashed is the ciphertext: sealing, hashing follows one chunk behind.
-	MOVQ DI, BX
 	COUNTERS
 	ROUND(Z17)
 	ROUND(Z18)
@@ -349,21 +355,23 @@ text:
 	ROUND(Z22)
 	ROUND(Z23)
 	ROUND(Z24)
-	ROUND(Z25)
-	CMPL ROUNDS(AX), $10
+	ROUND_FROM(9)
+	CMPL ROUNDS, $10
 	JEQ  first
-	ROUND_FROM(10)
-	ROUND_FROM(11)
-	ROUND_FROM(12)
-	ROUND_FROM(13)
+	ROUNDS_256
 
 first:
 	FINISH(Z7, Z8, Z9, Z15)
+	TAKE_SEALED
 	DECQ R12
-	JZ   behind
+	JNZ  chunk
+	JMP  behind
 
-	// AES of the chunk at SI while the one at BX is hashed.
-both:
+	// AES of a chunk while one is hashed: opening the same, sealing the one before.
+source:
+	TAKE_SOURCE
+
+chunk:
 	DECQ      R11
 	JNZ       powers
 	VMOVDQU64 POWER(16), Z28
@@ -386,20 +394,24 @@ powers:
 	HASH_FOURTH
 	ROUND(Z24)
 	REDUCE
-	ROUND(Z25)
-	CMPL ROUNDS(AX), $10
+	ROUND_FROM(9)
+	CMPL ROUNDS, $10
 	JEQ  next
-	ROUND_FROM(10)
-	ROUND_FROM(11)
-	ROUND_FROM(12)
-	ROUND_FROM(13)
+	ROUNDS_256
 
 next:
 	FINISH(Z7, Z8, Z9, Z15)
-	DECQ R12
-	JNZ  both
 	CMPB opening+64(FP), $0
-	JNE  sum
+	JNE  opened
+	TAKE_SEALED
+	DECQ R12
+	JNZ  chunk
+	JMP  behind
+
+opened:
+	DECQ R12
+	JNZ  source
+	JMP  sum
 
 behind:
 	VMOVDQU64 POWER(16), Z28
@@ -436,6 +448,7 @@ lengths:
 	ANDQ  $-16, CX
 	LEAQ  POWER(1), R10
 	SUBQ  CX, R10
+	VBROADCASTI32X4 KEY(9), Z25
 
 quarter:
 	MOVQ       $-1, CX
@@ -452,12 +465,12 @@ quarter:
 	VAESENC    Z23, Z0, Z0
 	VAESENC    Z24, Z0, Z0
 	VAESENC    Z25, Z0, Z0
-	CMPL       ROUNDS(AX), $10
+	CMPL       ROUNDS, $10
 	JEQ        quartered
-	VBROADCASTI32X4 (KEYS+10*16)(AX), Z28
-	VBROADCASTI32X4 (KEYS+11*16)(AX), Z29
-	VBROADCASTI32X4 (KEYS+12*16)(AX), Z30
-	VBROADCASTI32X4 (KEYS+13*16)(AX), Z31
+	VBROADCASTI32X4 KEY(10), Z28
+	VBROADCASTI32X4 KEY(11), Z29
+	VBROADCASTI32X4 KEY(12), Z30
+	VBROADCASTI32X4 KEY(13), Z31
 	VAESENC    Z28, Z0, Z0
 	VAESENC    Z29, Z0, Z0
 	VAESENC    Z30, Z0, Z0
@@ -496,8 +509,26 @@ tag:
 	VPSHUFB X12, X14, X14
 	VPXORQ  X27, X14, X14
 	VMOVDQU X14, (R9)
-	CLEAR_KEYS
-	VPXOR   X4, X4, X4
+
+	// No key, no power of H and no tag is left behind. VZEROALL knows the first 16 registers only; the others, as long
+	// as there is something in them, make each switch of threads dearer by a kilobyte.
+	VZEROALL
+	VPXORQ X16, X16, X16
+	VPXORQ X17, X17, X17
+	VPXORQ X18, X18, X18
+	VPXORQ X19, X19, X19
+	VPXORQ X20, X20, X20
+	VPXORQ X21, X21, X21
+	VPXORQ X22, X22, X22
+	VPXORQ X23, X23, X23
+	VPXORQ X24, X24, X24
+	VPXORQ X25, X25, X25
+	VPXORQ X26, X26, X26
+	VPXORQ X27, X27, X27
+	VPXORQ X28, X28, X28
+	VPXORQ X29, X29, X29
+	VPXORQ X30, X30, X30
+	VPXORQ X31, X31, X31
 	RET
 
 // The next round key in key: the running XOR of its words, and the last word (of the key before) after SubWord and what
@@ -514,11 +545,11 @@ tag:
 	ADDQ        $16, R8
 
 // y = v * h, over any width, where all have x in the denominator.
-#define MULTIPLY(v, h, factor, lo, mid, hi, t, u, y) \
+#define MULTIPLY(v, h, lo, mid, hi, t, u, y) \
 	PRODUCT(v, h, lo, mid, t, hi); \
 	VPXORQ t, mid, mid; \
-	REDUCE_LO(lo, mid, factor, t, u); \
-	REDUCE_MID(mid, hi, factor, t, y)
+	REDUCE_LO(lo, mid, t, u); \
+	REDUCE_MID(mid, hi, t, y)
 
 // func setUp(a *aead, key *byte)
 //
@@ -526,7 +557,7 @@ tag:
 TEXT ·setUp(SB), NOSPLIT, $0-16
 	MOVQ    a+0(FP), AX
 	MOVQ    key+8(FP), SI
-	LEAQ    KEYS(AX), R8
+	LEAQ    aead_keys(AX), R8
 	VMOVDQU rcon<>(SB), X3
 	VMOVDQU rotated<>(SB), X4
 	VMOVDQU last<>(SB), X5
@@ -534,7 +565,7 @@ TEXT ·setUp(SB), NOSPLIT, $0-16
 	VMOVDQU (SI), X0
 	VMOVDQU X0, (R8)
 	VMOVDQA X0, X2 // zero, after the first AddRoundKey
-	CMPL    ROUNDS(AX), $10
+	CMPL    ROUNDS, $10
 	JNE     long
 
 	// FIPS 197 5.2. The round constants double until they leave the byte.
@@ -585,22 +616,21 @@ hash:
 	VPTERNLOGQ $0x96, X7, X8, X2
 
 	// H^2; H^4 and H^3; then four at a time, with H^4, H^8 and H^8 again.
-	VBROADCASTI32X4 factor<>(SB), Z13
-	MULTIPLY(X2, X2, X13, X4, X5, X6, X7, X8, X0)
+	MULTIPLY(X2, X2, X4, X5, X6, X7, X8, X0)
 	VINSERTI128 $1, X2, Y0, Y1
 	VINSERTI128 $1, X0, Y0, Y0
-	MULTIPLY(Y1, Y0, Y13, Y4, Y5, Y6, Y7, Y8, Y0)
+	MULTIPLY(Y1, Y0, Y4, Y5, Y6, Y7, Y8, Y0)
 	VINSERTI64X4 $1, Y1, Z0, Z0
 	VMOVDQU64  Z0, POWER(4)
 	VSHUFI64X2 $0, Z0, Z0, Z2
-	MULTIPLY(Z0, Z2, Z13, Z4, Z5, Z6, Z7, Z8, Z1)
+	MULTIPLY(Z0, Z2, Z4, Z5, Z6, Z7, Z8, Z1)
 	VMOVDQU64  Z1, POWER(8)
 	VSHUFI64X2 $0, Z1, Z1, Z2
-	MULTIPLY(Z0, Z2, Z13, Z4, Z5, Z6, Z7, Z8, Z3)
+	MULTIPLY(Z0, Z2, Z4, Z5, Z6, Z7, Z8, Z3)
 	VMOVDQU64  Z3, POWER(12)
-	MULTIPLY(Z1, Z2, Z13, Z4, Z5, Z6, Z7, Z8, Z9)
+	MULTIPLY(Z1, Z2, Z4, Z5, Z6, Z7, Z8, Z9)
 	VMOVDQU64  Z9, POWER(16)
-	MULTIPLY(Z3, Z2, Z13, Z4, Z5, Z6, Z7, Z8, Z9)
+	MULTIPLY(Z3, Z2, Z4, Z5, Z6, Z7, Z8, Z9)
 	VMOVDQU64  Z9, POWER(20)
 	VZEROALL
 	RET
