@@ -113,9 +113,10 @@ func (r *Reader) Init(k Keys, seq uint64, role Role) {
 
 // Park drops the AEAD, most of what an idle connection costs. Next sets it up again by itself, in
 // well under a microsecond.
-func (r *Reader) Park() { r.aead = nil }
+func (r *Reader) Park() { r.park() }
 
-// Wipe overwrites the keys; the AEAD's key schedule is out of reach and left to the garbage collector.
+// Wipe overwrites the keys, also those of the AEAD if that can be wiped: package gcm's own can, others
+// are left to the garbage collector.
 // After it, Next returns ErrClosed.
 func (r *Reader) Wipe() { r.wipe() }
 

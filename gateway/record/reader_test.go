@@ -8,6 +8,8 @@ import (
 	"errors"
 	"testing"
 	"unsafe"
+
+	"github.com/tlsnat/tlsnat/gateway/record/gcm"
 )
 
 // testKeys are keys of any suite, made from a fixed secret.
@@ -438,4 +440,33 @@ func TestWipedReaderAndWriterAreClosed(t *testing.T) {
 	if r.keys != (Keys{}) || w.keys != (Keys{}) {
 		t.Error("something is left of the keys")
 	}
+}
+
+// TestDroppedAEADsAreWiped: parked, at the end, and when keys are renewed, no expanded key stays behind.
+func TestDroppedAEADsAreWiped(t *testing.T) {
+	if ok, why := gcm.Accelerated(); !ok {
+		t.Skip("the standard library's AES-GCM can't be wiped: ", why)
+	}
+	for _, suite := range []uint16{suite13, suite12} {
+		for name, drop := range map[string]func(h *half){"park": (*half).park, "wipe": (*half).wipe, "advance": (*half).advance} {
+			if name == "advance" && suite == suite12 {
+				continue // TLS 1.2 has no KeyUpdate
+			}
+			var h half
+			h.init(testKeys(t, suite), 0)
+			h.ready()
+			aead, nonce := h.aead, h.nonce
+			aead.Seal(nil, nonce[:], nil, nil)
+			drop(&h)
+			if h.aead != nil || !panics(func() { aead.Seal(nil, nonce[:], nil, nil) }) {
+				t.Errorf("%s, %x: the AEAD still works", name, suite)
+			}
+		}
+	}
+}
+
+func panics(f func()) (yes bool) {
+	defer func() { yes = recover() != nil }()
+	f()
+	return false
 }

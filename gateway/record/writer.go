@@ -23,7 +23,7 @@ type Writer struct {
 func (w *Writer) Init(k Keys, seq uint64) { w.half.init(k, seq) }
 
 // Park drops the AEAD, most of what an idle connection costs. The next record sets it up again.
-func (w *Writer) Park() { w.aead = nil }
+func (w *Writer) Park() { w.park() }
 
 // Wipe overwrites the keys, as Reader.Wipe does. After it, nothing is sealed.
 func (w *Writer) Wipe() { w.wipe() }
