@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/record/gcm"
 )
 
 // check reads everything as run does and says what is wrong with it.
@@ -118,6 +119,7 @@ func (p *program) version(args []string) int {
 	fmt.Fprintf(p.out, "tlsnat %s\n", buildVersion())
 	w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "go\t%s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	fmt.Fprintf(w, "AES-GCM\t%s\n", aesGCM())
 	fmt.Fprintf(w, "kernel\t%s\n", kernel())
 	fmt.Fprintf(w, "kTLS\t%s\n", kernelTLS())
 	fmt.Fprintf(w, "splice\t%s\n", splice())
@@ -146,6 +148,14 @@ func buildVersion() string {
 		}
 	}
 	return cmp.Or(revision, "devel") + modified
+}
+
+// aesGCM says which implementation seals and opens records.
+func aesGCM() string {
+	if ok, why := gcm.Accelerated(); !ok {
+		return "the standard library's (" + why + ")"
+	}
+	return "VAES with AVX-512"
 }
 
 func kernel() string {
