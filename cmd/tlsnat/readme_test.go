@@ -55,8 +55,10 @@ func freshCopy(t *testing.T) string {
 		switch {
 		case err != nil:
 			return err
-		case e.Name() == ".git" || e.Name() == "testdata" && e.IsDir():
+		case e.IsDir() && (e.Name() == ".git" || e.Name() == "testdata"):
 			return filepath.SkipDir
+		case e.Name() == ".git": // a worktree's is a file, and SkipDir there would skip what lies beside it
+			return nil
 		case e.IsDir():
 			return os.MkdirAll(to, 0o755)
 		case !e.Type().IsRegular():
