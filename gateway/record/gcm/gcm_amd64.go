@@ -36,8 +36,8 @@ func missing() (why string) {
 	return ""
 }
 
-// aead is laid out for gcm_amd64.s, which explains it. Like the counter mode, the powers of H are public to
-// nobody: who has H forges tags.
+// aead is laid out for gcm_amd64.s, which explains it. The powers of H are as secret as the keys: who has
+// H forges tags.
 type aead struct {
 	powers [20][16]byte // H^20/x … H/x, their bytes reversed
 	keys   [15][16]byte // round keys; AES-128 has 11
