@@ -227,7 +227,15 @@ type Options struct {
 	ALPN      []string // protocols offered, preferred first (RFC 7301)
 	Cert      string   // name of the certificate for a client that sends none
 	HTTPSPort uint16   // where redirect sends to
+
+	BackendCA         string // name of the CAs that tls:// backends are verified against; "": the system's
+	BackendName       string // what they are asked for and verified as; "": their host; NameOfClient: what the client asked for
+	BackendCert       string // a name of the certificate that they are shown, if they ask for one
+	BackendUnverified bool   // whoever answers is taken for the backend
 }
+
+// NameOfClient is the value of backend-name= that stands for the name that the client asked for.
+const NameOfClient = "sni"
 
 // A Setting is one option of a rule and where it came from.
 type Setting struct {

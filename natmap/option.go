@@ -5,6 +5,7 @@ package natmap
 import (
 	"fmt"
 	"math/bits"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,6 +35,7 @@ type option struct {
 	key, value, help string
 	uses             kind
 	unnamed          bool // only for a rule without a name
+	encrypts         bool // only for a rule with a tls:// backend
 	// set reads v into its field of o, or complains about v.
 	set func(p *parser, o *Options, v token)
 	// show writes the field as set reads it.
@@ -56,7 +58,7 @@ var options = []option{
 	},
 	timer("idle", "closes a connection that moved no byte for so long", terminate|pass|tcp|demo, true,
 		func(o *Options) *time.Duration { return &o.Idle }),
-	timer("connect", "how long a backend is sought, all that are tried together", terminate|pass|tcp, false,
+	timer("connect", "how long a backend is sought, all that are tried together, their TLS handshakes included", terminate|pass|tcp, false,
 		func(o *Options) *time.Duration { return &o.Connect }),
 	timer("linger", "how long the open half of a half-closed connection may be idle", terminate|pass|tcp|demo, false,
 		func(o *Options) *time.Duration { return &o.Linger }),
@@ -88,6 +90,65 @@ var options = []option{
 		set:  func(p *parser, o *Options, v token) { o.HTTPSPort, _ = p.port(v) },
 		show: func(o *Options) string { return strconv.Itoa(int(o.HTTPSPort)) },
 	},
+	{
+		key: "backend-ca", value: "NAME", uses: terminate | tcp, encrypts: true,
+		help: "backends have to show a certificate of these CAs, NAME.pem in TLSNAT_BACKEND_CAS (default: those of the system)",
+		set:  func(p *parser, o *Options, v token) { o.BackendCA = p.fileName(v) },
+		show: func(o *Options) string { return o.BackendCA },
+	},
+	{
+		key: "backend-name", value: "NAME|sni", uses: terminate | tcp, encrypts: true,
+		help: "the name that backends are asked for, and their certificate has to be for; sni: the one that the client asked for (default: the backend's host)",
+		set:  setBackendName,
+		show: func(o *Options) string { return o.BackendName },
+	},
+	{
+		key: "backend-cert", value: "NAME", uses: terminate | tcp, encrypts: true,
+		help: "certificate, by a name that it has, shown to backends that ask for one",
+		set:  func(p *parser, o *Options, v token) { o.BackendCert = p.name(v) },
+		show: func(o *Options) string { return o.BackendCert },
+	},
+	{
+		key: "backend-verify", value: "on|off", uses: terminate | tcp, encrypts: true,
+		help: "off: encrypt to whoever answers, whatever certificate it shows; who can intercept the connection reads everything (default on)",
+		set: func(p *parser, o *Options, v token) {
+			var off uint8
+			enum(verifyWords, map[string]string{"yes": "on", "true": "on", "no": "off", "none": "off", "false": "off"},
+				func(*Options) *uint8 { return &off })(p, o, v)
+			o.BackendUnverified = off == 1
+		},
+		show: func(o *Options) string {
+			if o.BackendUnverified {
+				return verifyWords[1]
+			}
+			return verifyWords[0]
+		},
+	},
+}
+
+func setBackendName(p *parser, o *Options, v token) {
+	v.text = strings.TrimSuffix(v.text, ".")
+	if _, err := netip.ParseAddr(strings.Trim(v.text, "[]")); err == nil {
+		p.fault(v, quote(v.text)+" is an address, not a name", "write tls://"+clip(v.text)+":PORT as the backend: its certificate then has to be for the address")
+		return
+	}
+	o.BackendName = p.hostname(v)
+}
+
+var verifyWords = []string{"on", "off"}
+
+// maxFileName bounds a name that becomes a file's: NAME_MAX is 255, and .pem follows.
+const maxFileName = 200
+
+// fileName reads the name of a file, without its extension. It never leads out of its directory.
+func (p *parser) fileName(t token) string {
+	name := strings.TrimSuffix(t.text, ".pem")
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
+	if name == "" || len(name) > maxFileName || name[0] == '.' || name[0] == '-' || strings.Trim(name, letters) != "" {
+		p.fault(t, quote(t.text)+" is not the name of a file", "write letters, digits, dots, hyphens and underscores, without .pem")
+		return ""
+	}
+	return name
 }
 
 // where lists the rules that o has a meaning for.
@@ -101,6 +162,9 @@ func (o *option) where() string {
 	s := strings.Join(words, ", ")
 	if o.unnamed {
 		s += " (without a name)"
+	}
+	if o.encrypts {
+		s += " (to tls:// backends)"
 	}
 	return s
 }
@@ -414,8 +478,8 @@ func (p *parser) settle(d *draft) {
 	for i := range options {
 		o, a := &options[i], d.own[i]
 		if a != nil {
-			p.checkUse(o, a, k, d.named())
-		} else if a = p.defaults[i]; a == nil || !o.inherited(k, d.named()) {
+			p.checkUse(o, a, k, d)
+		} else if a = p.defaults[i]; a == nil || !o.inherited(k, d) {
 			continue
 		}
 		o.set(p, &d.Options, a.value)
@@ -432,17 +496,19 @@ const modeRow = 0
 
 // inherited reports whether a default line sets o for such a rule. Demo has one
 // mode only, so that a default mode does not reach it.
-func (o *option) inherited(k kind, named bool) bool {
-	return o.uses&k != 0 && !(o.unnamed && named) && !(o.key == "mode" && k == demo)
+func (o *option) inherited(k kind, d *draft) bool {
+	return o.uses&k != 0 && !(o.unnamed && d.named()) && !(o.encrypts && !d.encrypts()) && !(o.key == "mode" && k == demo)
 }
 
 // checkUse complains about an option on a rule that it has no meaning for.
-func (p *parser) checkUse(o *option, a *assignment, k kind, named bool) {
+func (p *parser) checkUse(o *option, a *assignment, k kind, d *draft) {
 	switch {
 	case o.uses&k == 0:
 		p.fault(a.token, o.key+"= has no meaning for "+k.String(), "remove it; it goes with "+o.where())
-	case o.unnamed && named:
+	case o.unnamed && d.named():
 		p.fault(a.token, o.key+"= is for clients that send no name, this rule for those that do", "write it on the rule without a name")
+	case o.encrypts && !d.encrypts():
+		p.fault(a.token, o.key+"= is for encrypted backends, and this rule has none", "write tls:// before a backend, or remove "+o.key+"=")
 	case o.key == "mode" && k == demo && a.setting.Value != "terminate":
 		p.fault(a.token, "demo ends TLS itself", "remove "+a.token.text)
 	}
@@ -461,7 +527,9 @@ func (p *parser) checkMode(d *draft, mode *assignment) {
 	case d.Action != Forward:
 	case d.Options.Mode == TCP && d.named():
 		p.fault(d.left[1], says+" reads nothing, so it cannot tell names apart", "remove the name, or write mode=pass")
-	case d.Options.Mode != Terminate && d.tls.text != "":
-		p.fault(d.tls, says+" leaves the bytes as they are, so it cannot encrypt to a backend", "write "+clip(strings.TrimPrefix(d.tls.text, "tls://"))+", or mode=terminate")
+	case d.Options.Mode == Pass && d.encrypts():
+		p.fault(d.tls, says+" leaves TLS as the client sent it, so it cannot encrypt to a backend once more", "write "+clip(strings.TrimPrefix(d.tls.text, "tls://"))+", or mode=terminate")
+	case d.Options.Mode == TCP && d.encrypts() && d.Options.BackendName == NameOfClient:
+		p.fault(d.tls, says+" reads no name, so backend-name=sni has none for this backend", "write backend-name= with a name, or mode=terminate")
 	}
 }

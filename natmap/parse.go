@@ -247,7 +247,8 @@ type draft struct {
 	own  assignments
 }
 
-func (d *draft) named() bool { return len(d.left) > 1 }
+func (d *draft) named() bool    { return len(d.left) > 1 }
+func (d *draft) encrypts() bool { return d.tls.text != "" }
 
 // keep adds the rule, once for each of its names.
 func (p *parser) keep(d *draft, names []string) {
