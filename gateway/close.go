@@ -83,9 +83,17 @@ func (c *conn) startReset(o Outcome, why string) stage {
 // resetWhenDelivered waits for as long as something moves, and for the linger timeout when nothing does.
 func (c *conn) resetWhenDelivered() stage {
 	up, down := c.deliver(&c.up, &c.backend), c.deliver(&c.down, &c.client)
-	if up == 0 {
+	culprit := &c.client // whom the last words are for
+	if c.report.byBackend {
+		culprit = &c.backend
+	}
+	switch {
+	case !c.lastWords && up == 0, c.lastWords && culprit == &c.client && up == 0:
 		abort(&c.backend)
 		c.loop.closeSocket(&c.backend)
+	case c.lastWords && culprit == &c.backend && down == 0:
+		abort(&c.client)
+		c.loop.closeSocket(&c.client)
 	}
 	if up+down < c.undelivered {
 		c.undelivered = up + down
@@ -95,10 +103,16 @@ func (c *conn) resetWhenDelivered() stage {
 		c.loop.wheel.set(c, c.loop.now+int64(deliveryCheck))
 		return resetting
 	}
-	c.skim(&c.client)
-	abort(&c.backend)
 	if !c.lastWords {
 		abort(&c.client)
+		abort(&c.backend)
+		return c.finish(OK, "")
+	}
+	c.skim(culprit) // unread bytes would make the close a reset
+	for _, s := range [...]*socket{&c.client, &c.backend} {
+		if s != culprit {
+			abort(s)
+		}
 	}
 	return c.finish(OK, "")
 }
@@ -112,7 +126,7 @@ func (c *conn) deliver(f *flow, to *socket) int {
 	if f.stuck() {
 		return len(f.out) + f.inPipe + unsent(to.fd)
 	}
-	if c.lastWords && f == &c.down && !f.closed {
+	if c.lastWords && (f == &c.up) == c.report.byBackend && !f.closed {
 		f.closed = true
 		_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
 	}

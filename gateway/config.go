@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -23,6 +24,8 @@ type Config struct {
 	Settings Settings
 	Map      *natmap.Map
 	Certs    *certs.Store
+
+	BackendCAs map[string]*certs.Authority // those that rules name with backend-ca=
 }
 
 // DemoMap is the map of a gateway that was given none.
@@ -54,6 +57,7 @@ func ReadConfig(s Settings) (*Config, Problems) {
 	}
 	problems = append(problems, c.readCerts()...)
 	if c.Map != nil {
+		problems = append(problems, c.readBackendCAs()...)
 		problems = append(problems, c.checkRules()...)
 	}
 	if problems.Errors() {
@@ -179,16 +183,65 @@ func terminates(r *natmap.Rule) bool {
 	return (r.Action == natmap.Forward || r.Action == natmap.Demo) && r.Options.Mode == natmap.Terminate
 }
 
+// encrypts says whether the rule has a tls:// backend.
+func encrypts(r *natmap.Rule) bool {
+	return slices.ContainsFunc(r.Backends, func(b natmap.Backend) bool { return b.TLS })
+}
+
+// readBackendCAs reads the CAs that rules name, each once. Files that nobody names are not looked at.
+func (c *Config) readBackendCAs() (problems Problems) {
+	c.BackendCAs = map[string]*certs.Authority{}
+	now := time.Now()
+	for _, r := range c.Map.Rules {
+		name := r.Options.BackendCA
+		if _, read := c.BackendCAs[name]; read || name == "" {
+			continue
+		}
+		if c.Settings.BackendCAs == "" {
+			problems = append(problems, Problem{Text: fmt.Sprintf("%s: backend-ca=%s: set %sBACKEND_CAS to the directory that holds %s.pem", r.Pos, name, Prefix, name)})
+			return problems
+		}
+		a, found := certs.LoadAuthority(c.Settings.BackendCAs, name, now)
+		for _, p := range found {
+			problems = append(problems, Problem{p.Warning, p.Error()})
+		}
+		c.BackendCAs[name] = a
+	}
+	return problems
+}
+
+// checkEncryption looks at what a rule's tls:// backends need.
+func (c *Config) checkEncryption(r *natmap.Rule, say func(warning bool, format string, args ...any)) {
+	o := &r.Options
+	switch {
+	case o.BackendUnverified && o.BackendCA != "":
+		say(false, "backend-verify=off: nothing is verified, so backend-ca=%s has no meaning; remove one of the two", o.BackendCA)
+	case o.BackendUnverified:
+		say(true, "backend-verify=off: NOBODY CHECKS WHO ANSWERS as the backend; whoever can intercept the connection reads and changes everything; "+
+			"put the backend's CA, or its own certificate if it is self-signed, into %sBACKEND_CAS/NAME.pem and write backend-ca=NAME instead", Prefix)
+	case o.BackendCA == "" && !systemRoots():
+		say(false, "this system has no CA certificates to verify tls:// backends against; install the package ca-certificates "+
+			"(in a container: mount /etc/ssl/certs), or write backend-ca=NAME")
+	}
+	if cert := o.BackendCert; cert != "" && c.Certs.ForName(cert) == nil {
+		say(false, "backend-cert=%s: no certificate in %sCERTS has this name; write a name that one of them has", cert, Prefix)
+	}
+}
+
+// systemRoots says whether the system has CAs.
+func systemRoots() bool {
+	roots, err := x509.SystemCertPool()
+	return err == nil && !roots.Equal(x509.NewCertPool())
+}
+
 // checkRules looks at what the rules need from elsewhere.
 func (c *Config) checkRules() (problems Problems) {
 	for _, r := range c.Map.Rules {
 		say := func(warning bool, format string, args ...any) {
 			problems = append(problems, Problem{warning, fmt.Sprintf("%s: ", r.Pos) + fmt.Sprintf(format, args...)})
 		}
-		for _, b := range r.Backends {
-			if b.TLS {
-				say(false, "backend %s: TLS to backends is not in this version; write %s for plain TCP", b, strings.TrimPrefix(b.String(), "tls://"))
-			}
+		if encrypts(r) {
+			c.checkEncryption(r, say)
 		}
 		if !terminates(r) {
 			continue

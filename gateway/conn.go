@@ -28,7 +28,7 @@ type conn struct {
 	parked    bool // quiet: the key schedules were let go
 	kept      bool // quiet once: the backend's socket has keepalive
 	retired   bool // its rule is gone from the map, and says how long it may go on
-	lastWords bool // an alert is on its way to the client: no reset must overtake it
+	lastWords bool // an alert is on its way to the side that broke the protocol: no reset must overtake it
 	skimmed   int32
 
 	undelivered int // bytes that were on their way when a reset was about to be carried over
@@ -64,6 +64,8 @@ type session struct {
 	reader record.Reader
 	writer record.Writer
 	asked  bool // for new keys by the peer, and not answered yet
+
+	tickets *encrypter // of a fresh connection to a backend: takes the tickets that come before data
 }
 
 // owner is whom a loop tells that a socket has news.
@@ -85,6 +87,7 @@ type flow struct {
 	splice   bool  // the flow streams: bytes go through a pipe
 	ended    bool  // the source's stream is over: FIN, or close_notify
 	reset    bool  // the source's stream was cut: RST
+	cutShort bool  // the source spoke TLS and ended its stream without a close_notify
 	notified bool  // a close_notify was sent to the destination
 	closed   bool  // the end was passed on to the destination
 	run      int32 // bytes spliced since the source was drained last
@@ -102,6 +105,8 @@ const (
 	waitingTurn
 	shakingHands
 	connecting
+	waitingEncryption
+	encrypting
 	greeting
 	relaying
 	readingRequest
@@ -110,7 +115,8 @@ const (
 	over
 )
 
-var stageNames = [...]string{"proxy_header", "hello", "match", "handshake_queue", "handshake", "connect", "proxy_out",
+var stageNames = [...]string{"proxy_header", "hello", "match", "handshake_queue", "handshake", "connect",
+	"backend_tls_queue", "backend_tls", "proxy_out",
 	"relay", "http_request", "linger", "reset", "over"}
 
 func (s stage) String() string { return stageNames[s] }
@@ -161,7 +167,10 @@ func (c *conn) tell(o Outcome, why string) {
 	if c.report.told {
 		return
 	}
-	c.report.told, c.report.outcome, c.report.stage, c.report.err = true, o, c.stage, why
+	c.report.told, c.report.outcome, c.report.stage = true, o, c.stage
+	if why != "" {
+		c.report.err = why
+	}
 }
 
 // finish ends the connection: sockets, memory, counters, its line in the log. With it the story is over.

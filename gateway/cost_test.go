@@ -326,7 +326,7 @@ func needDescriptors(t testing.TB, n int) {
 func TestSpliceCarriesBulk(t *testing.T) {
 	const size = 48 << 20
 	x := newCrossing(t)
-	for _, w := range ways[2:] {
+	for _, w := range ways[2:4] {
 		t.Run(w.name, func(t *testing.T) {
 			before := x.gateway.Status().Bytes
 			client, backend := x.cross(t, w)

@@ -18,6 +18,8 @@ type backend struct {
 	spec  *natmap.Backend
 	addrs atomic.Pointer[[]netip.Addr] // nil until the name was found; IP literals have it from the start
 	demo  bool
+
+	tickets *tickets // of a tls:// backend; nil: it's plain
 }
 
 // dialling is the search for a backend that answers.
@@ -30,6 +32,7 @@ type dialling struct {
 	backend *backend
 	target  netip.AddrPort
 	errs    []string
+	hs      *encrypter // shakes hands with the backend
 }
 
 // startConnect begins the search: the backend whose turn it is, then the others, then those marked /backup.
@@ -75,7 +78,7 @@ func (c *conn) tryBackends() stage {
 		case 0:
 			return c.connected()
 		case unix.EINPROGRESS:
-			c.setDeadline((d.until - c.loop.now) / int64(max(1, c.route.candidates()-d.tried+1)))
+			c.setDeadline(d.share(c))
 			return connecting
 		}
 		d.failed(e.Error())
@@ -86,6 +89,11 @@ func (c *conn) tryBackends() stage {
 		return c.unconnected(NoBackend, "none of the backends has an address")
 	}
 	return c.unconnected(ConnectFailed, strings.Join(d.errs, "; "))
+}
+
+// share is the current candidate's part of the time that is left, in nanoseconds.
+func (d *dialling) share(c *conn) int64 {
+	return (d.until - c.loop.now) / int64(max(1, c.route.candidates()-d.tried+1))
 }
 
 // advance moves on to the next address of the current backend, or to the next backend. It says whether there is one.
@@ -169,9 +177,9 @@ func (c *conn) connect() stage {
 		return connecting
 	}
 	if s.hup {
-		switch e := takeError(s.fd); e {
-		case 0:
-		case unix.ECONNRESET: // it took the connection and reset it: that is an answer, and goes on to the client
+		switch e := takeError(s.fd); {
+		case e == 0:
+		case e == unix.ECONNRESET && c.dial.backend.tickets == nil: // it took the connection and reset it: that is an answer, and goes on to the client
 			s.failed = e
 		default:
 			return c.nextBackend(e.Error())
@@ -181,9 +189,18 @@ func (c *conn) connect() stage {
 }
 
 func (c *conn) connected() stage {
-	d := c.dial
 	c.backend.writable = true
-	c.report.backend, c.report.connectTime = d.name(), c.loop.now-d.started
+	c.report.connectTime = c.loop.now - c.dial.started
+	if c.dial.backend.tickets != nil {
+		return c.encrypt()
+	}
+	return c.found()
+}
+
+// found is the end of the search. The line says which backends were tried in vain before.
+func (c *conn) found() stage {
+	c.report.backend = c.dial.name()
+	c.report.err = strings.Join(c.dial.errs, "; ")
 	return greeting
 }
 
@@ -207,6 +224,9 @@ type route struct {
 	label   string // file:line
 	profile *profile
 	proxy   natmap.ProxyVersion
+
+	encryption *encryption // nil: no backend is a tls:// one
+
 	primary []*backend
 	backup  []*backend
 	turns   []uint16 // primary backends, each as often as its weight says, evenly mixed

@@ -15,6 +15,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -30,35 +31,54 @@ type way struct {
 	name string
 	port int    // of the crossing
 	tls  uint16 // the version that the client speaks with the gateway; 0: none
+
+	backend uint16 // the version that the gateway speaks with the backend; 0: none
 }
 
-var ways = []way{{"terminate TLS 1.2", 0, tls.VersionTLS12}, {"terminate TLS 1.3", 0, tls.VersionTLS13}, {"pass", 1, 0}, {"tcp", 2, 0}}
+// ways are all pairs of halves, joined in both directions.
+var ways = []way{
+	{"terminate TLS 1.2", 0, tls.VersionTLS12, 0}, {"terminate TLS 1.3", 0, tls.VersionTLS13, 0}, {"pass", 1, 0, 0}, {"tcp", 2, 0, 0},
+	{"tcp to TLS 1.2", 3, 0, tls.VersionTLS12}, {"tcp to TLS 1.3", 4, 0, tls.VersionTLS13},
+	{"TLS 1.2 to TLS 1.2", 5, tls.VersionTLS12, tls.VersionTLS12}, {"TLS 1.2 to TLS 1.3", 6, tls.VersionTLS12, tls.VersionTLS13},
+	{"TLS 1.3 to TLS 1.2", 5, tls.VersionTLS13, tls.VersionTLS12}, {"TLS 1.3 to TLS 1.3", 6, tls.VersionTLS13, tls.VersionTLS13},
+}
 
 // crossing is a gateway with every way through it. Both ends of its connections are in the test's hands.
 type crossing struct {
 	*bed
-	backends chan *net.TCPConn
-	hello    []byte // what opens a connection that is passed on unread
+	backends map[uint16]chan *net.TCPConn // by the version that is spoken with them
+	hello    []byte                       // what opens a connection that is passed on unread
 }
 
 func newCrossing(t testing.TB, settings ...string) *crossing {
-	x := &crossing{backends: make(chan *net.TCPConn, 4096), hello: clientHello(t, nil)}
+	x := &crossing{backends: map[uint16]chan *net.TCPConn{}, hello: clientHello(t, nil)}
+	plain, tls12, tls13 := x.listen(t, 0), x.listen(t, tls.VersionTLS12), x.listen(t, tls.VersionTLS13)
+	const how = "backend-ca=root backend-name=edge.test"
+	x.bed = start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} edge.test -> %[1]s mode=pass\n:{2} -> %[1]s mode=tcp\n"+
+		":{3} -> tls://%[2]s mode=tcp %[4]s\n:{4} -> tls://%[3]s mode=tcp %[4]s\n"+
+		":{5} edge.test -> tls://%[2]s %[4]s\n:{6} edge.test -> tls://%[3]s %[4]s", plain, tls12, tls13, how),
+		append(settings, "BACKEND_CAS="+filepath.Dir(pki(t).rootFile(t)))...)
+	return x
+}
+
+func (x *crossing) listen(t testing.TB, version uint16) net.Addr {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = l.Close() })
+	arrivals := make(chan *net.TCPConn, 4096)
+	x.backends[version] = arrivals
 	go func() {
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			x.backends <- c.(*net.TCPConn)
+			arrivals <- c.(*net.TCPConn)
 		}
 	}()
-	x.bed = start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} edge.test -> %[1]s mode=pass\n:{2} -> %[1]s mode=tcp", l.Addr()), settings...)
-	return x
+	return l.Addr()
 }
 
 // end is one end of a connection through the gateway.
@@ -71,7 +91,7 @@ type end struct {
 func (x *crossing) cross(t testing.TB, w way) (client, backend *end) {
 	t.Helper()
 	client = x.enter(t, w)
-	backend = x.arrived(t)
+	backend = x.arrived(t, w.backend)
 	if w.name == "pass" {
 		if _, err := io.ReadFull(backend, make([]byte, len(x.hello))); err != nil {
 			t.Fatal(err)
@@ -81,17 +101,35 @@ func (x *crossing) cross(t testing.TB, w way) (client, backend *end) {
 }
 
 // arrived is the backend's end of the next connection.
-func (x *crossing) arrived(t testing.TB) *end {
+func (x *crossing) arrived(t testing.TB, version uint16) *end {
 	t.Helper()
 	select {
-	case c := <-x.backends:
+	case c := <-x.backends[version]:
 		t.Cleanup(func() { _ = c.Close() })
-		_ = c.SetDeadline(time.Now().Add(patience))
-		return &end{c, c}
+		e, err := serverEnd(t, c, version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e
 	case <-time.After(patience):
 		t.Fatal("no connection reached the backend")
 		return nil
 	}
+}
+
+// serverEnd shakes hands as edge.test, if a version is spoken.
+func serverEnd(t testing.TB, c *net.TCPConn, version uint16) (*end, error) {
+	_ = c.SetDeadline(time.Now().Add(patience))
+	if version == 0 {
+		return &end{c, c}, nil
+	}
+	s := tls.Server(c, serverConfig(t, version))
+	return &end{s, c}, s.Handshake()
+}
+
+func serverConfig(t testing.TB, version uint16) *tls.Config {
+	a := pki(t)
+	return &tls.Config{Certificates: []tls.Certificate{a.leaves["edge-ecdsa"].certificate(a)}, MinVersion: version, MaxVersion: version}
 }
 
 // enter is the client's half of cross.
@@ -207,7 +245,8 @@ var endings = []struct {
 	act  func(t *testing.T, near, far *end)
 	// with the client near, and with the backend near
 	outcomes [2]string
-	onlyTLS  bool // it's about close_notify: the client is near, and speaks TLS
+	onlyTLS  bool // it's about close_notify: who is near speaks TLS
+	cutShort bool // TestTruncationIsNoEnd has the backends' part of it
 }{
 	{name: "one ends first", act: func(t *testing.T, near, far *end) {
 		up, down := random(1, 100<<10), random(2, 300<<10)
@@ -302,7 +341,7 @@ var endings = []struct {
 		sent := inBackground(func() { far.send(t, down); far.finish() })
 		near.expect(t, down, fin)
 		<-sent
-	}, outcomes: [2]string{"ok"}, onlyTLS: true},
+	}, outcomes: [2]string{"ok", "ok"}, onlyTLS: true},
 	{name: "FIN without close_notify", act: func(t *testing.T, near, far *end) {
 		up, down := random(16, 100_000), random(17, 2<<20)
 		near.send(t, up)
@@ -311,7 +350,7 @@ var endings = []struct {
 		sent := inBackground(func() { far.send(t, down); far.finish() })
 		near.expect(t, down, fin)
 		<-sent
-	}, outcomes: [2]string{"ok"}, onlyTLS: true},
+	}, outcomes: [2]string{"ok"}, onlyTLS: true, cutShort: true},
 	{name: "close_notify, then reset", act: func(t *testing.T, near, far *end) {
 		up := random(18, 100_000)
 		near.send(t, up)
@@ -319,7 +358,7 @@ var endings = []struct {
 		far.expect(t, up, fin)
 		near.abort(t)
 		far.expectBroken(t)
-	}, outcomes: [2]string{"client_reset"}, onlyTLS: true},
+	}, outcomes: [2]string{"client_reset", "backend_reset"}, onlyTLS: true},
 	{name: "close_notify, then noise", act: func(t *testing.T, near, far *end) {
 		up, down := random(19, 100_000), random(20, 8<<20)
 		near.send(t, up)
@@ -335,7 +374,78 @@ var endings = []struct {
 		}
 		near.expect(t, down, fin)
 		<-sent
-	}, outcomes: [2]string{"ok"}, onlyTLS: true},
+	}, outcomes: [2]string{"ok", "ok"}, onlyTLS: true},
+}
+
+// TestTruncationIsNoEnd: a backend's stream that ends without a close_notify may have been cut by anybody on the way. A
+// client that speaks TLS sees just that; one that does not sees a reset. The other way round a TLS backend sees what
+// its client did.
+func TestTruncationIsNoEnd(t *testing.T) {
+	x := newCrossing(t)
+	for _, w := range ways {
+		if w.backend == 0 {
+			continue
+		}
+		t.Run(w.name, func(t *testing.T) {
+			client := x.dial(t, w.port)
+			var pen *penman
+			if w.tls != 0 {
+				pen = shakeHands(t, client, clientConfig(t, func(c *tls.Config) { c.MaxVersion = w.tls }), manner{})
+			}
+			seen := &tapped{TCPConn: <-x.backends[w.backend]}
+			defer seen.Close()
+			_ = seen.SetDeadline(time.Now().Add(patience))
+			backend := tls.Server(seen, serverConfig(t, w.backend))
+			down, up := random(1, 300_000), random(2, 100_000)
+			if _, err := backend.Write(down); err != nil {
+				t.Fatal(err)
+			}
+			_ = seen.CloseWrite()
+			outcome := "ok"
+			if w.tls == 0 {
+				outcome = "backend_reset"
+				(&end{client, client}).expect(t, down, rst)
+			} else {
+				got, alert, err := pen.readAll()
+				if !bytes.Equal(got, down) || alert != "" || err != io.EOF {
+					t.Errorf("the client got %d of %d bytes, the alert %q, then %v", len(got), len(down), alert, err)
+				}
+				pen.write(t, slices.Concat(pen.data(up[:9000]), pen.data(up[9000:20000])))
+				_ = client.CloseWrite()
+				if got, err := io.ReadAll(backend); !bytes.Equal(got, up[:20000]) || err != nil {
+					t.Errorf("the backend got %d bytes, then %v", len(got), err)
+				}
+				if seen.closeNotify(w.backend) {
+					t.Error("the backend was told that this is the end")
+				}
+			}
+			_, _ = client.Close(), seen.Close()
+			if l := x.lineOf(t, client); l.Outcome != outcome || !strings.Contains(l.Error, "without a close_notify") {
+				t.Errorf("want %s: %s", outcome, l)
+			}
+		})
+	}
+}
+
+// tapped remembers what it reads.
+type tapped struct {
+	*net.TCPConn
+	all []byte
+}
+
+func (c *tapped) Read(b []byte) (int, error) {
+	n, err := c.TCPConn.Read(b)
+	c.all = append(c.all, b[:n]...)
+	return n, err
+}
+
+// closeNotify says whether the last record is an alert: in TLS 1.3 that shows in its length.
+func (c *tapped) closeNotify(version uint16) bool {
+	last := []byte{0, 0, 0, 0, 0}
+	for b := c.all; len(b) >= 5; b = b[min(len(b), 5+int(b[3])<<8+int(b[4])):] {
+		last = b
+	}
+	return last[0] == 21 || version == tls.VersionTLS13 && len(last) == 5+2+1+16
 }
 
 // inBackground runs f beside the test and tells when it's done.
@@ -376,7 +486,7 @@ func TestEndsAreCarriedOver(t *testing.T) {
 	for _, w := range ways {
 		for _, c := range endings {
 			for i, who := range []string{"client", "backend"} {
-				if c.onlyTLS && (w.tls == 0 || i == 1) {
+				if near := [2]uint16{w.tls, w.backend}[i]; c.onlyTLS && near == 0 || c.cutShort && w.backend != 0 {
 					continue
 				}
 				t.Run(w.name+"/"+c.name+"/"+who, func(t *testing.T) {
@@ -411,7 +521,7 @@ func TestEndBehindTheHelloIsCarriedOver(t *testing.T) {
 				client := &end{c, c}
 				client.send(t, first)
 				client.finish()
-				backend := x.arrived(t)
+				backend := x.arrived(t, 0)
 				backend.expect(t, x.hello, fin)
 				backend.send(t, []byte("a reply"))
 				backend.finish()
@@ -619,7 +729,7 @@ func TestAThousandConversations(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	x := newCrossing(t)
-	meet := newMeeting(x)
+	meet := newMeeting(t, x)
 	defer meet.stop()
 	next := make(chan int)
 	var workers sync.WaitGroup
@@ -648,18 +758,24 @@ type meeting struct {
 	ended   sync.WaitGroup
 }
 
-func newMeeting(x *crossing) *meeting {
+func newMeeting(t testing.TB, x *crossing) *meeting {
 	m := &meeting{waiting: map[uint64]chan *end{}, end: make(chan struct{})}
-	m.ended.Go(func() {
-		for {
-			select {
-			case c := <-x.backends:
-				m.ended.Go(func() { m.introduce(c, len(x.hello)) })
-			case <-m.end:
-				return
+	for version, arrivals := range x.backends {
+		m.ended.Go(func() {
+			for {
+				select {
+				case c := <-arrivals:
+					m.ended.Go(func() {
+						if e, err := serverEnd(t, c, version); err == nil {
+							m.introduce(e, len(x.hello))
+						}
+					})
+				case <-m.end:
+					return
+				}
 			}
-		}
-	})
+		})
+	}
 	return m
 }
 
@@ -668,8 +784,7 @@ func (m *meeting) stop() {
 	m.ended.Wait()
 }
 
-func (m *meeting) introduce(c *net.TCPConn, hello int) {
-	_ = c.SetDeadline(time.Now().Add(patience))
+func (m *meeting) introduce(c *end, hello int) {
 	var head [8]byte
 	if _, err := io.ReadFull(c, head[:]); err != nil {
 		return
@@ -678,7 +793,7 @@ func (m *meeting) introduce(c *net.TCPConn, hello int) {
 		_, _ = io.CopyN(io.Discard, c, int64(hello-8))
 		_, _ = io.ReadFull(c, head[:])
 	}
-	m.at(binary.BigEndian.Uint64(head[:])) <- &end{c, c}
+	m.at(binary.BigEndian.Uint64(head[:])) <- c
 }
 
 func (m *meeting) at(number uint64) chan *end {

@@ -67,6 +67,9 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 		r.linger = fallback(rule.Options.Linger, g.settings.LingerTimeout)
 		r.lifetime = fallback(rule.Options.Lifetime, 0)
 		r.profile = g.profileFor(gen, last, rule)
+		if encrypts(rule) {
+			r.encryption = g.newEncryption(c, rule)
+		}
 		gen.addBackends(r)
 		gen.routes[rule], gen.byKey[keyOf(rule)] = r, r
 		if before := last.byKey[keyOf(rule)]; before != nil {
@@ -136,6 +139,9 @@ func (gen *generation) addBackends(r *route) {
 	for i := range r.rule.Backends {
 		spec := &r.rule.Backends[i]
 		b := &backend{spec: spec}
+		if spec.TLS {
+			b.tickets = &tickets{}
+		}
 		if spec.Addr.IsValid() {
 			b.addrs.Store(&[]netip.Addr{spec.Addr})
 		}

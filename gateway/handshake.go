@@ -101,34 +101,56 @@ func (l *loop) maxInFlight() int { return max(1, l.gw.settings.Handshakes/len(l.
 
 // turnFree says whether somebody waits for a turn and may have it.
 func (l *loop) turnFree() bool {
-	return len(l.queue.waiting) > 0 && l.active.Load() < computing && l.inFlight < l.maxInFlight()
+	return l.active.Load() < computing && (l.encryptionWaits() || l.handshakeWaits())
 }
 
-// startHandshakes gives turns to those who wait for one.
+func (l *loop) encryptionWaits() bool {
+	return len(l.encryptQueue.waiting) > 0 && l.encrypting < l.maxInFlight()
+}
+
+func (l *loop) handshakeWaits() bool {
+	return len(l.queue.waiting) > 0 && l.inFlight < l.maxInFlight()
+}
+
+// startHandshakes gives turns to those who wait for one; first to those who have shaken hands with their client
+// already, and need a backend.
 func (l *loop) startHandshakes() {
 	for l.turnFree() {
-		c := l.queue.pop()
-		l.inFlight++
-		l.active.Add(1)
-		c.hs = c.route.profile.handshaker(l)
-		c.hs.begin(c)
-		c.stage = shakingHands
-		c.setDeadline(int64(l.gw.settings.HelloTimeout))
-		l.shakers.run(c.hs)
+		if l.encryptionWaits() {
+			l.startEncryption(l.encryptQueue.pop())
+		} else {
+			l.startHandshake(l.queue.pop())
+		}
 	}
 }
+
+func (l *loop) startHandshake(c *conn) {
+	l.inFlight++
+	l.active.Add(1)
+	c.hs = c.route.profile.handshaker(l)
+	c.hs.begin(c)
+	c.stage = shakingHands
+	c.setDeadline(int64(l.gw.settings.HelloTimeout))
+	l.shakers.run(c.hs)
+}
+
+// handshakesWait says whether a turn that becomes free is wanted. It may be asked off the loop.
+func (l *loop) handshakesWait() bool { return l.queue.n.Load() > 0 || l.encryptQueue.n.Load() > 0 }
+
+// shaker is a handshake that is to run: with a client or with a backend.
+type shaker interface{ run() }
 
 // shakers are goroutines that run a loop's handshakes. A few stay when they are done: a handshake needs a stack of 32 KiB
 // or so, and to grow a new one to that size costs as much as all its other memory.
 type shakers struct {
-	work chan *handshaker
+	work chan shaker
 	idle atomic.Int32
 }
 
 // idleShakers is how many stay: those that compute, and one that comes back from its client's answer.
 const idleShakers = computing + 1
 
-func (s *shakers) run(h *handshaker) {
+func (s *shakers) run(h shaker) {
 	select {
 	case s.work <- h:
 	default:
@@ -136,7 +158,7 @@ func (s *shakers) run(h *handshaker) {
 	}
 }
 
-func (s *shakers) shake(h *handshaker) {
+func (s *shakers) shake(h shaker) {
 	for h != nil {
 		h.run()
 		if s.idle.Add(1) > idleShakers {
@@ -187,6 +209,9 @@ var suites12 = []uint16{
 	tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 }
 
+// groups are the key exchanges, preferred first.
+var groups = []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256}
+
 func newProfile(g *Gateway, minTLS uint16, alpn []string) *profile {
 	p := &profile{gw: g, minTLS: minTLS, alpn: alpn, idle: make([][]*handshaker, len(g.loops))}
 	sum := sha256.Sum256(fmt.Append(nil, minTLS, alpn))
@@ -207,12 +232,12 @@ func (p *profile) handshaker(l *loop) *handshaker {
 	h.config = &tls.Config{
 		MinVersion:       p.minTLS,
 		CipherSuites:     suites12,
-		CurvePreferences: []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256},
+		CurvePreferences: groups,
 		NextProtos:       p.alpn,
 		GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) {
 			return h.entry.Select(chi)
 		},
-		KeyLogWriter:  h,
+		KeyLogWriter:  &h.secrets,
 		WrapSession:   h.wrapSession,
 		UnwrapSession: h.unwrapSession,
 	}
@@ -251,6 +276,31 @@ type secrets struct {
 	master         [48]byte
 	n              int // bytes in client and server
 	mastered       bool
+}
+
+// Write takes a line of the key log: "LABEL <client random> <secret>", both in hex.
+func (s *secrets) Write(line []byte) (int, error) {
+	label, rest, _ := bytes.Cut(line, []byte(" "))
+	_, secret, _ := bytes.Cut(bytes.TrimSpace(rest), []byte(" "))
+	var into *[48]byte
+	switch string(label) {
+	case "CLIENT_TRAFFIC_SECRET_0":
+		into = &s.client
+	case "SERVER_TRAFFIC_SECRET_0":
+		into = &s.server
+	case "CLIENT_RANDOM":
+		into, s.mastered = &s.master, true
+	default:
+		return len(line), nil
+	}
+	if len(secret) > 2*len(into) {
+		return 0, errors.New("key log: secret too long")
+	}
+	n, err := hex.Decode(into[:], secret)
+	if string(label) != "CLIENT_RANDOM" {
+		s.n = n
+	}
+	return len(line), err
 }
 
 func (h *handshaker) begin(c *conn) {
@@ -306,34 +356,41 @@ func (p *panicked) Error() string { return fmt.Sprintf("panic in the handshake: 
 // takeKeys makes the record engine's halves from what was written down during the handshake. From here on crypto/tls
 // must not touch the connection again.
 func (h *handshaker) takeKeys() (*session, error) {
-	s := &session{}
-	suite := h.state.CipherSuite
-	if h.state.Version == tls.VersionTLS13 {
-		if h.secrets.n == 0 {
-			return nil, errors.New("crypto/tls did not log the traffic secrets")
-		}
-		in, err := record.TrafficKeys(suite, h.secrets.client[:h.secrets.n])
-		if err != nil {
-			return nil, fmt.Errorf("client traffic keys: %w", err)
-		}
-		out, err := record.TrafficKeys(suite, h.secrets.server[:h.secrets.n])
-		if err != nil {
-			return nil, fmt.Errorf("server traffic keys: %w", err)
-		}
-		s.reader.Init(in, 0, record.Server)
-		s.writer.Init(out, h.wire.writtenUnder(out))
-		return s, nil
-	}
-	if !h.secrets.mastered {
-		return nil, errors.New("no master secret: neither logged nor in the ticket")
-	}
-	in, out, err := record.KeyBlock(suite, h.secrets.master[:], h.wire.clientRandom[:], h.wire.serverRandom[:])
+	client, server, err := h.secrets.keys(&h.state, &h.wire)
 	if err != nil {
-		return nil, fmt.Errorf("key block: %w", err)
+		return nil, err
 	}
-	s.reader.Init(in, 1, record.Server) // Finished was 0, in both directions
-	s.writer.Init(out, 1)
+	s := &session{}
+	read, written := uint64(1), uint64(1) // Finished was 0, in both directions
+	if h.state.Version == tls.VersionTLS13 {
+		read, written = 0, h.wire.writtenUnder(server)
+	}
+	s.reader.Init(client, read, record.Server)
+	s.writer.Init(server, written)
 	return s, nil
+}
+
+// keys are what the client and what the server writes application data with.
+func (s *secrets) keys(state *tls.ConnectionState, w *wire) (client, server record.Keys, err error) {
+	suite := state.CipherSuite
+	switch {
+	case state.Version == tls.VersionTLS13 && s.n == 0:
+		return client, server, errors.New("crypto/tls did not log the traffic secrets")
+	case state.Version == tls.VersionTLS13:
+		if client, err = record.TrafficKeys(suite, s.client[:s.n]); err != nil {
+			return client, server, fmt.Errorf("client traffic keys: %w", err)
+		}
+		if server, err = record.TrafficKeys(suite, s.server[:s.n]); err != nil {
+			return client, server, fmt.Errorf("server traffic keys: %w", err)
+		}
+		return client, server, nil
+	case !s.mastered:
+		return client, server, errors.New("no master secret: neither logged nor in the ticket")
+	}
+	if client, server, err = record.KeyBlock(suite, s.master[:], w.clientRandom[:], w.serverRandom[:]); err != nil {
+		return client, server, fmt.Errorf("key block: %w", err)
+	}
+	return client, server, nil
 }
 
 // done is back on the loop: the handshake is over, one way or the other.
@@ -401,31 +458,6 @@ func (c *conn) handshakeFailed(err error) {
 	c.advance()
 }
 
-// Write takes a line of the key log: "LABEL <client random> <secret>", both in hex.
-func (h *handshaker) Write(line []byte) (int, error) {
-	label, rest, _ := bytes.Cut(line, []byte(" "))
-	_, secret, _ := bytes.Cut(bytes.TrimSpace(rest), []byte(" "))
-	var into *[48]byte
-	switch string(label) {
-	case "CLIENT_TRAFFIC_SECRET_0":
-		into = &h.secrets.client
-	case "SERVER_TRAFFIC_SECRET_0":
-		into = &h.secrets.server
-	case "CLIENT_RANDOM":
-		into, h.secrets.mastered = &h.secrets.master, true
-	default:
-		return len(line), nil
-	}
-	if len(secret) > 2*len(into) {
-		return 0, errors.New("key log: secret too long")
-	}
-	n, err := hex.Decode(into[:], secret)
-	if string(label) != "CLIENT_RANDOM" {
-		h.secrets.n = n
-	}
-	return len(line), err
-}
-
 // ticketMark begins our entry in a ticket: what it is, the options and the name that the session was made under, and
 // for TLS 1.2 the master secret, which crypto/tls does not log when a session is resumed. The ticket is encrypted.
 var ticketMark = []byte("tlsnat/1")
@@ -469,7 +501,7 @@ func (h *handshaker) unwrapSession(ticket []byte, cs tls.ConnectionState) (*tls.
 	return nil, nil
 }
 
-// wire is the net.Conn that crypto/tls shakes hands over. It hands out one record at a time, header first: crypto/tls
+// wire is the net.Conn that crypto/tls shakes hands over, with a client or with a backend. It hands out one record at a time, header first: crypto/tls
 // reads as much as it gets, and what it has read beyond the handshake could not be had back.
 type wire struct {
 	loop      *loop
@@ -481,13 +513,23 @@ type wire struct {
 	drained   bool        // there is nothing to read until the loop has news
 	cut       atomic.Bool // a short read does not mean "drained": the stream's end, or urgent data, is behind it
 	computing bool
+	preface   []byte // goes out before everything else: the PROXY header for a backend
 
 	clientRandom, serverRandom [32]byte
 	lastSealed                 []byte // the last record of application-data type that was written
 	sealed                     int    // how many were
 	alert                      int16  // the alert that was sent; -1: none
-	refusal                    int16  // the alert that the client sent in the clear; 0: none
+	refusal                    int16  // the alert that the peer sent in the clear; 0: none
+	heard                      int    // of the ServerHello up to its random, in whatever pieces it comes
+	hearing                    bool   // we are the client, and the record that is being handed out may have it
+	toBackend                  bool
+	gaveUp                     atomic.Bool // nobody waits for the handshake any more
 }
+
+var errGaveUp = errors.New("given up")
+
+// helloRandom is where the random is in a ClientHello and in a ServerHello: behind type, length and version.
+const helloRandom = 4 + 2
 
 const wireBuffer = 4 << 10 // a hello, or a Finished with a request behind it
 
@@ -507,7 +549,7 @@ func (w *wire) forget() {
 		w.buf = nil
 	}
 	w.buf, w.off, w.left, w.sealed, w.lastSealed = w.buf[:0], 0, 0, 0, w.lastSealed[:0]
-	w.loop = nil
+	w.loop, w.preface, w.heard, w.toBackend = nil, nil, 0, false
 }
 
 // rest is what was read beyond the handshake.
@@ -525,7 +567,7 @@ func (w *wire) nudge() {
 func (w *wire) compute(on bool) {
 	if w.computing && !on {
 		w.computing = false
-		if w.loop.active.Add(-1) < computing && w.loop.queue.n.Load() > 0 {
+		if w.loop.active.Add(-1) < computing && w.loop.handshakesWait() {
 			w.loop.poll.wake() // somebody waits for this turn
 		}
 	}
@@ -561,12 +603,31 @@ func (w *wire) take(p []byte) int {
 		if b[0] == 21 && w.left == 7 && len(b) >= 7 { // in TLS 1.3 crypto/tls takes it for a broken record
 			w.refusal = int16(b[6])
 		}
+		w.hearing = w.toBackend && b[0] == 22
 		p = p[:min(len(p), 5)]
+		n := copy(p, b)
+		w.off += n
+		w.left -= n
+		return n
 	}
 	n := copy(p[:min(len(p), w.left)], b)
+	if w.hearing {
+		w.hear(b[:n])
+	}
 	w.off += n
 	w.left -= n
 	return n
+}
+
+// hear takes the server's random out of its first handshake message, the ServerHello. (In TLS 1.3 that may be a
+// HelloRetryRequest, but there the random is of no use.)
+func (w *wire) hear(b []byte) {
+	const end = helloRandom + 32
+	if w.heard < end && w.heard+len(b) > helloRandom {
+		from := max(helloRandom-w.heard, 0)
+		copy(w.serverRandom[w.heard+from-helloRandom:], b[from:])
+	}
+	w.heard = min(w.heard+len(b), end)
 }
 
 // fill reads what the socket has, and waits if that's nothing.
@@ -585,6 +646,8 @@ func (w *wire) fill() error {
 		room := w.buf[len(w.buf):cap(w.buf)]
 		n, e := sysRead(w.fd, room)
 		switch {
+		case w.gaveUp.Load():
+			return errGaveUp
 		case e == unix.EAGAIN:
 			w.drained = true
 		case e != 0:
@@ -602,18 +665,24 @@ func (w *wire) fill() error {
 // Write sends all of p and notes what the engine needs to know of it.
 func (w *wire) Write(p []byte) (int, error) {
 	w.note(p)
+	written := len(p)
+	if w.preface != nil { // in the same segment
+		p, w.preface = append(w.preface, p...), nil
+	}
 	for sent := 0; sent < len(p); {
 		n, e := sysWrite(w.fd, p[sent:])
 		switch {
+		case w.gaveUp.Load():
+			return 0, errGaveUp
 		case e == unix.EAGAIN:
 			w.await()
 		case e != 0:
-			return sent, e
+			return 0, e // crypto/tls gives up, however much went
 		default:
 			sent += n
 		}
 	}
-	return len(p), nil
+	return written, nil
 }
 
 // note looks at the records that crypto/tls writes: the ServerHello's random, an alert, and the last one of
@@ -624,7 +693,9 @@ func (w *wire) note(p []byte) {
 		rec := p[:n]
 		switch {
 		case rec[0] == 22 && n >= 43 && rec[5] == 2:
-			copy(w.serverRandom[:], rec[11:43]) // after a HelloRetryRequest the second one counts
+			copy(w.serverRandom[:], rec[5+helloRandom:]) // after a HelloRetryRequest the second one counts
+		case rec[0] == 22 && n >= 43 && rec[5] == 1:
+			copy(w.clientRandom[:], rec[5+helloRandom:])
 		case rec[0] == 21 && n == 7:
 			w.alert = int16(rec[6])
 		case rec[0] == 23:

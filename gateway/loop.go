@@ -42,6 +42,10 @@ type loop struct {
 
 	active   atomic.Int32 // handshakes that compute right now
 	inFlight int          // handshakes begun and not finished, those that wait for the client included
+
+	encryptQueue turnQueue // where those wait that shake hands with a backend,
+	encrypting   int       // and how many have begun
+
 	counters counters
 	ended    endedRing // the last connections that are over, for the admin
 	accept4  func(fd int32) (int32, netip.AddrPort, unix.Errno)
@@ -64,7 +68,7 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 		return nil, err
 	}
 	l := &loop{index: index, gw: g, poll: p, conns: map[*conn]struct{}{}, scratch: make([]byte, scratchSize),
-		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan *handshaker)}}
+		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan shaker)}}
 	l.tick()
 	l.wheel.done = l.now >> tickShift
 	return l, nil

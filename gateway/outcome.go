@@ -24,7 +24,7 @@ const (
 	ClientCertRefused                // the client's certificate is missing or not accepted
 	NoBackend                        // no backend to try: none configured is usable
 	ConnectFailed                    // every backend was tried in vain
-	TLSError                         // the client broke the record protocol after the handshake
+	TLSError                         // the client or the backend broke the record protocol after the handshake
 	Internal                         // tlsnat's own fault
 	outcomes
 )

@@ -145,16 +145,17 @@ func proxyHeaderLen(b []byte) (int, error) {
 }
 
 // greet puts the PROXY header for the backend, and what the client has sent already, before everything else that goes
-// there.
+// there. To a tls:// backend the header has gone already, in the clear before the handshake, as HAProxy's send-proxy
+// and everybody who reads it have it.
 func (c *conn) greet() stage {
-	if h := c.proxyHeader(); h != nil {
-		c.up.hold(c.loop, h)
-	}
-	if len(c.pending) > 0 {
-		c.carried(&c.up, len(c.pending))
+	if s := c.backend.tls; s != nil {
+		c.up.hold(c.loop, s.sealed(c.pending))
+	} else {
+		c.up.hold(c.loop, c.proxyHeader())
 		c.up.hold(c.loop, c.pending)
-		c.pending = nil
 	}
+	c.carried(&c.up, len(c.pending))
+	c.pending = nil
 	c.active = c.loop.now
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
 	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))

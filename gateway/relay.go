@@ -29,16 +29,30 @@ func (c *conn) relay() stage {
 	case c.up.cut(&c.client, &c.backend):
 		return c.startReset(ClientReset, c.client.failed.Error())
 	case c.down.cut(&c.backend, &c.client):
-		return c.startReset(BackendReset, c.backend.failed.Error())
+		return c.startReset(BackendReset, c.backendEnd())
 	case c.up.closed && c.down.closed:
-		return c.finish(OK, "")
+		return c.finish(OK, c.backendEnd())
 	}
+	// What a peer sends behind its close_notify is ignored (RFC 8446, section 6.1). It is read all the same: that is
+	// how its FIN and its reset are seen, and closing does not answer unread bytes with a reset.
 	if c.up.ended && c.client.readable {
-		// What a client sends behind its close_notify is ignored (RFC 8446, section 6.1). It is read all the same:
-		// that is how its FIN and its reset are seen, and closing does not answer unread bytes with a reset.
 		c.skim(&c.client)
 	}
+	if c.down.ended && c.backend.tls != nil && c.backend.readable {
+		c.skim(&c.backend)
+	}
 	return relaying
+}
+
+// backendEnd says how the backend's stream ended, where that is worth a word.
+func (c *conn) backendEnd() string {
+	switch {
+	case c.backend.failed != 0:
+		return c.backend.failed.Error()
+	case c.down.cutShort:
+		return "the backend ended its stream without a close_notify"
+	}
+	return ""
 }
 
 // cut says whether the source was reset and everything it had sent before is passed on.
@@ -86,6 +100,8 @@ func (c *conn) pump(f *flow, from, to *socket) {
 // end of the source, of a source that is drained, and of a destination that is full.
 func (c *conn) move(f *flow, from, to *socket) int {
 	switch {
+	case from.tls != nil && to.tls != nil:
+		return c.reencrypt(f, from, to)
 	case from.tls != nil:
 		return c.open(f, from, to)
 	case to.tls != nil:
@@ -200,13 +216,14 @@ func (f *flow) dropAll(l *loop, from *socket) {
 	}
 }
 
-// passEnd passes the end of the source on: FIN as FIN, behind a close_notify where the destination speaks TLS. A
-// reset is passed on by the caller, who ends both directions.
+// passEnd passes the end of the source on: FIN as FIN, behind a close_notify where the destination speaks TLS. One that
+// the source did not announce with a close_notify of its own may be somebody's who cut the stream (RFC 8446, section
+// 6.1), and is not announced here either. A reset is passed on by the caller, who ends both directions.
 func (c *conn) passEnd(f *flow, to *socket) {
 	if f.closed || f.reset || c.report.told { // a violation: it must not look like the end
 		return
 	}
-	if to.tls != nil && !f.notified {
+	if to.tls != nil && !f.notified && !f.cutShort {
 		f.notified = true
 		if c.sayEnd(f, to); f.stuck() {
 			return // the FIN follows once the close_notify has gone
@@ -248,7 +265,7 @@ func (c *conn) sayGoodbye() {
 		f *flow
 		s *socket
 	}{{&c.up, &c.backend}, {&c.down, &c.client}} {
-		if d.s.tls != nil && !d.f.closed {
+		if d.s.tls != nil && !d.f.closed && !d.f.cutShort {
 			c.write(d.s, d.s.tls.writer.AppendAlert(nil, record.AlertCloseNotify))
 		}
 		_ = unix.Shutdown(int(d.s.fd), unix.SHUT_WR)

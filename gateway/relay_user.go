@@ -110,57 +110,60 @@ func (l *loop) readSlots(fd int32, pre, size, stride, slots int) (int, unix.Errn
 //
 // Half a record at the end stays with the flow.
 func (c *conn) open(f *flow, from, to *socket) int {
-	l := c.loop
-	have := copy(l.scratch, f.carry)
+	b, filled := c.readRecords(f, from, c.loop.scratch)
+	used := c.openAll(f, from, to, b)
+	c.keepRest(f, from, to, b[used:])
+	f.adapt(filled)
+	return used
+}
+
+// readRecords reads into room, behind what was left of the records before. It says whether as much came as was asked
+// for. An end that comes now is one without a close_notify, unless that is among the records.
+func (c *conn) readRecords(f *flow, from *socket, room []byte) (b []byte, filled bool) {
+	have := copy(room, f.carry)
 	n, want := 0, 0
 	if from.readable {
-		want = min((int(f.batch)+1)*slotSize, len(l.scratch)-have)
-		m, e := sysRead(from.fd, l.scratch[have:have+want])
+		want = min((int(f.batch)+1)*slotSize, len(room)-have)
+		m, e := sysRead(from.fd, room[have:have+want])
 		n = f.got(from, m, want, e)
+		f.cutShort = f.ended && !f.reset
 	}
-	b := l.scratch[:have+n]
-	used := c.openAll(f, from, to, b)
-	f.keepCarry(l, b[used:])
-	f.adapt(n == want && n > 0)
-	if f.ended && len(f.carry) > 0 && !f.reset {
+	return room[:have+n], n == want && n > 0
+}
+
+// keepRest keeps half a record. If nothing comes any more it was broken off. A backend's stream that ended without a
+// close_notify may have been cut by anybody: a client that speaks TLS sees the same, any other sees a reset.
+func (c *conn) keepRest(f *flow, from, to *socket, rest []byte) {
+	f.keepCarry(c.loop, rest)
+	switch {
+	case !f.cutShort:
+	case len(f.carry) > 0:
 		c.violation(from, &record.Error{Alert: record.AlertDecodeError, Reason: "the stream ended inside a record"})
+	case from == &c.backend && to.tls == nil:
+		f.reset = true
 	}
-	return used
 }
 
 // openAll opens the records of b and sends their data on, with one call. It returns how many bytes of b are done with.
 func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
 	var (
-		r     = &from.tls.reader
 		iov   = c.loop.iov[:0]
 		last  []byte // the last vector
 		total int
 		used  int
 	)
 	for {
-		rec, n, err := r.Next(b[used:])
-		if err != nil {
-			c.violation(from, err)
-			used = len(b)
-			break
-		}
-		if n == 0 {
-			break
-		}
+		data, n := c.nextData(f, from, b[used:])
 		used += n
-		if rec.Kind != record.Data {
-			if c.heed(f, from, rec) {
-				used = len(b)
-				break
-			}
-			continue
+		if len(data) == 0 {
+			break
 		}
-		total += len(rec.Data)
-		if len(last) > 0 && len(rec.Data) < worthVector && cap(last)-len(last) >= len(rec.Data) {
-			last = append(last, rec.Data...)
+		total += len(data)
+		if len(last) > 0 && len(data) < worthVector && cap(last)-len(last) >= len(data) {
+			last = append(last, data...)
 			iov[len(iov)-1].SetLen(len(last))
-		} else if len(rec.Data) > 0 {
-			last = rec.Data
+		} else {
+			last = data
 			iov = append(iov, unix.Iovec{Base: &last[0]})
 			iov[len(iov)-1].SetLen(len(last))
 		}
@@ -171,6 +174,37 @@ func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
 		c.renewKeys(c.other(f), from)
 	}
 	return used
+}
+
+// nextData opens records of b until one has data, and heeds those before it. It returns how many bytes of b are done
+// with, and no data when no whole record is left in it, or nothing after it counts.
+func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int) {
+	s := from.tls
+	for {
+		var ticket []byte
+		if s.tickets != nil {
+			ticket = s.copyTicket(b[used:])
+		}
+		rec, n, err := s.reader.Next(b[used:])
+		if err != nil {
+			c.violation(from, err)
+			return nil, len(b)
+		}
+		if n == 0 {
+			return nil, used
+		}
+		used += n
+		if s.tickets != nil {
+			s.takeTicket(ticket, rec.Kind)
+		}
+		if rec.Kind != record.Data {
+			if c.heed(f, from, rec) {
+				return nil, len(b)
+			}
+		} else if len(rec.Data) > 0 {
+			return rec.Data, used
+		}
+	}
 }
 
 // sendVectors writes the data of several records, and keeps what the destination would not take.
@@ -218,12 +252,14 @@ func (f *flow) keepCarry(l *loop, rest []byte) {
 func (c *conn) heed(f *flow, from *socket, rec record.Record) bool {
 	switch rec.Kind {
 	case record.CloseNotify:
-		f.ended = true
+		f.ended, f.cutShort = true, false
 		return true
 	case record.AlertReceived:
-		c.report.alertReceived = int16(rec.Alert)
-		c.tell(TLSError, "the client sent the alert "+rec.Alert.String())
-		f.ended = true
+		if !c.report.told {
+			c.report.alertReceived, c.report.byBackend = int16(rec.Alert), from == &c.backend
+			c.tell(TLSError, c.side(from)+" sent the alert "+rec.Alert.String())
+		}
+		f.ended, f.cutShort = true, false
 		return true
 	case record.KeyUpdateRequested:
 		from.tls.asked = true
@@ -250,20 +286,35 @@ func (c *conn) other(f *flow) *flow {
 	return &c.up
 }
 
+// side is what the log calls the owner of the socket.
+func (c *conn) side(s *socket) string {
+	if s == &c.backend {
+		return "the backend"
+	}
+	return "the client"
+}
+
 // violation answers a breach of the record protocol with its alert. What came before it is delivered; then the other
 // side is reset, so that it does not take what it has for the whole.
 func (c *conn) violation(from *socket, err error) {
 	if c.report.told {
 		return
 	}
-	c.tell(TLSError, err.Error())
+	back := &c.down // the flow to the culprit
+	c.report.byBackend = from == &c.backend
+	if c.report.byBackend {
+		back = &c.up
+		c.tell(TLSError, "the backend broke the protocol: "+err.Error())
+	} else {
+		c.tell(TLSError, err.Error())
+	}
 	if e, ok := errors.AsType[*record.Error](err); ok {
 		c.report.alertSent = int16(e.Alert)
-		c.send(&c.down, from, from.tls.writer.AppendAlert(nil, e.Alert))
+		c.send(back, from, from.tls.writer.AppendAlert(nil, e.Alert))
 	}
 }
 
-// violated ends a connection whose client broke the protocol, or gave up with an alert of its own.
+// violated ends a connection one side of which broke the protocol, or gave up with an alert of its own.
 func (c *conn) violated() stage {
 	c.lastWords = true
 	return c.startReset(TLSError, "")
@@ -280,8 +331,82 @@ func (c *conn) park() {
 		c.kept = true
 		keepAlive(c.backend.fd)
 	}
-	if c.client.tls != nil {
-		c.client.tls.reader.Park()
-		c.client.tls.writer.Park()
+	for _, s := range [...]*session{c.client.tls, c.backend.tls} {
+		if s != nil {
+			s.reader.Park()
+			s.writer.Park()
+			s.tickets = nil
+		}
 	}
+}
+
+// reencrypt carries bytes from a source that speaks TLS to a destination that speaks it too:
+//
+//	read(source -> as many records as are there), open in place, seal in place, write(as many records)
+//
+// Where a record of the destination is as long as one of the source, for the same data, nothing is moved; else the
+// data is copied to where its record begins. Records stay as long as the source made them.
+func (c *conn) reencrypt(f *flow, from, to *socket) int {
+	l := c.loop
+	c.renewKeys(f, to)
+	start := 0
+	if to.tls.writer.Prefix()+to.tls.writer.Suffix() > from.tls.reader.Overhead() {
+		start = growth
+	}
+	b, filled := c.readRecords(f, from, l.scratch[start:])
+	used := c.resealAll(f, from, to, b, l.scratch[:start+len(b)])
+	c.keepRest(f, from, to, b[used:])
+	f.adapt(filled)
+	return used
+}
+
+// growth is how far in front of the records that are read those that are written begin where they are longer: by 8
+// bytes at most, from ChaCha20-Poly1305 to AES-GCM in TLS 1.2. So the longest batch is carried with one write; and of
+// small records, of which there are more, some hundred go with a write.
+const growth = 1 << 10
+
+// resealAll opens the records of b, which is the end of room, and seals their data again from the beginning of room on.
+// It returns how many bytes of b are done with.
+//
+// What is sealed never reaches what is not opened yet: where it would, it is written out first.
+func (c *conn) resealAll(f *flow, from, to *socket, b, room []byte) int {
+	w := &to.tls.writer
+	pre, suf := w.Prefix(), w.Suffix()
+	ahead := len(room) - len(b)
+	end, used, total := 0, 0, 0
+	for {
+		data, n := c.nextData(f, from, b[used:])
+		used += n
+		if len(data) == 0 {
+			break
+		}
+		if end+pre+len(data)+suf > ahead+used {
+			c.send(f, to, room[:end])
+			end = 0
+		}
+		if payload := room[end+pre:]; &payload[0] != &data[0] {
+			copy(payload, data)
+		}
+		total += len(data)
+		end += w.Seal(room[end:], len(data))
+	}
+	c.carried(f, total)
+	c.send(f, to, room[:end])
+	if from.tls.asked {
+		c.renewKeys(c.other(f), from)
+	}
+	return used
+}
+
+// sealed is a copy of b in records.
+func (s *session) sealed(b []byte) (records []byte) {
+	w := &s.writer
+	for len(b) > 0 {
+		n := min(len(b), maxPlain)
+		slot := make([]byte, w.Prefix()+n+w.Suffix())
+		copy(slot[w.Prefix():], b[:n])
+		records = append(records, slot[:w.Seal(slot, n)]...)
+		b = b[n:]
+	}
+	return records
 }

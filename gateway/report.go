@@ -39,6 +39,12 @@ type report struct {
 	local      bool // a load balancer's own connection (PROXY LOCAL)
 	probe      bool // came and left without a byte
 	spliced    bool
+	byBackend  bool // the alerts are those of the backend's connection
+
+	backendVersion uint16 // of TLS; 0: it is spoken to in plain TCP
+	backendCipher  uint16
+	backendResumed bool
+	backendShook   int64 // how long the handshake with it took
 
 	shaken        int64 // when the handshake was done, in loop nanoseconds
 	helloDone     int64
@@ -69,6 +75,11 @@ func (r *report) shookHands(s *tls.ConnectionState, now int64) {
 	r.version, r.cipher, r.group, r.resumed, r.negotiated = s.Version, s.CipherSuite, s.CurveID, s.DidResume, s.NegotiatedProtocol
 }
 
+// encrypted takes what was agreed on with the backend.
+func (r *report) encrypted(s *tls.ConnectionState, took int64) {
+	r.backendVersion, r.backendCipher, r.backendResumed, r.backendShook = s.Version, s.CipherSuite, s.DidResume, took
+}
+
 func (r *report) idText() string {
 	b := [8]byte{}
 	for i := range b {
@@ -88,7 +99,7 @@ func (r *report) cipherName() string { return tls.CipherSuiteName(r.cipher) }
 // path says how the bytes moved.
 func (r *report) path() string {
 	switch {
-	case r.version != 0:
+	case r.version != 0, r.backendVersion != 0:
 		return "user"
 	case r.spliced:
 		return "splice"
@@ -138,12 +149,19 @@ func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
 		text("mode", r.route.modeName())
 	}
 	text("backend", r.backend)
+	if r.backendVersion != 0 {
+		dst = append(dst, zap.String("backend_tls", strings.TrimPrefix(tls.VersionName(r.backendVersion), "TLS ")),
+			zap.String("backend_cipher", tls.CipherSuiteName(r.backendCipher)), zap.Bool("backend_resumed", r.backendResumed))
+	}
 	dst = append(dst, zap.Int64("bytes_up", r.up), zap.Int64("bytes_down", r.down))
 	if r.shaken != 0 {
 		dst = append(dst, zap.Float64("handshake_ms", ms(r.shaken-r.helloDone)))
 	}
 	if r.backend != "" {
 		dst = append(dst, zap.Float64("connect_ms", ms(r.connectTime)))
+	}
+	if r.backendVersion != 0 {
+		dst = append(dst, zap.Float64("backend_handshake_ms", ms(r.backendShook)))
 	}
 	dst = append(dst, zap.Float64("duration_ms", ms(now-r.accepted)))
 	if r.backend != "" {
@@ -152,11 +170,15 @@ func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
 	if r.outcome != OK {
 		text("stage", r.stage.String())
 	}
+	whose := ""
+	if r.byBackend {
+		whose = "backend_"
+	}
 	if r.alertSent > 0 {
-		text("alert", record.Alert(r.alertSent).String())
+		text(whose+"alert", record.Alert(r.alertSent).String())
 	}
 	if r.alertReceived > 0 {
-		text("alert_received", record.Alert(r.alertReceived).String())
+		text(whose+"alert_received", record.Alert(r.alertReceived).String())
 	}
 	text("error", r.err)
 	return dst

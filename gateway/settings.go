@@ -23,11 +23,12 @@ const Prefix = "TLSNAT_"
 // Settings is everything an operator sets outside the map. The doc tags are the manual: `tlsnat env` and the table
 // in the README are made from them.
 type Settings struct {
-	Map     string `env:"MAP" doc:"The rules themselves, separated by newlines or ';'."`
-	MapFile string `env:"MAP_FILE" doc:"A file with rules, or a directory whose *.natmap files are read in name order."`
-	Certs   string `env:"CERTS" doc:"Directory with certificates and keys in PEM; which names are served is what the certificates say."`
-	Watch   string `env:"WATCH" envDefault:"off" doc:"on: look at the files of map and certificates every second or two, and reload when they have changed. The container image sets it. Otherwise SIGHUP or 'tlsnat reload' reads them again."`
-	State   string `env:"STATE" doc:"Directory for what tlsnat makes itself (the demo's certificate). Default: $STATE_DIRECTORY, else tlsnat in the user's cache directory."`
+	Map        string `env:"MAP" doc:"The rules themselves, separated by newlines or ';'."`
+	MapFile    string `env:"MAP_FILE" doc:"A file with rules, or a directory whose *.natmap files are read in name order."`
+	Certs      string `env:"CERTS" doc:"Directory with certificates and keys in PEM; which names are served is what the certificates say."`
+	BackendCAs string `env:"BACKEND_CAS" doc:"Directory with the CAs that backend-ca=NAME names: NAME.pem holds the certificates of one or more."`
+	Watch      string `env:"WATCH" envDefault:"off" doc:"on: look at the files of map, certificates and CAs every second or two, and reload when they have changed. The container image sets it. Otherwise SIGHUP or 'tlsnat reload' reads them again."`
+	State      string `env:"STATE" doc:"Directory for what tlsnat makes itself (the demo's certificate). Default: $STATE_DIRECTORY, else tlsnat in the user's cache directory."`
 
 	Admin      string `env:"ADMIN" envDefault:"127.0.0.1:9180" doc:"Address of the admin page, health checks and metrics; 'off' for none. Off loopback it demands ADMIN_TOKEN."`
 	AdminToken string `env:"ADMIN_TOKEN" doc:"Bearer token that the admin address demands (not for /healthz and /readyz)." secret:"yes"`
@@ -36,12 +37,12 @@ type Settings struct {
 
 	Loops      int            `env:"LOOPS" doc:"Event loops. Default: as many as the process may use CPUs."`
 	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files allows."`
-	Handshakes int            `env:"HANDSHAKES" envDefault:"1024" doc:"TLS handshakes at once that wait for the client's next message. As many hellos again wait for their turn; beyond that the oldest is shed."`
+	Handshakes int            `env:"HANDSHAKES" envDefault:"1024" doc:"TLS handshakes at once that wait for the client's next message. As many hellos again wait for their turn; beyond that the oldest is shed. As many again may be under way with tls:// backends."`
 	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
-	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken: 1.2 or 1.3."`
+	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken, with clients and with tls:// backends: 1.2 or 1.3."`
 
 	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"From accept until the ClientHello is there (a PROXY header included), and again until the handshake is done."`
-	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"To reach a backend, all that are tried together."`
+	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"To reach a backend, all that are tried together, and to shake hands with a tls:// one."`
 	IdleTimeout    time.Duration `env:"IDLE_TIMEOUT" envDefault:"15m" doc:"A connection on which nothing moves for as long is ended."`
 	LingerTimeout  time.Duration `env:"LINGER_TIMEOUT" envDefault:"1m" doc:"The same once one side has ended its stream and the other has not: silence for as long ends it."`
 	DrainTimeout   time.Duration `env:"DRAIN_TIMEOUT" envDefault:"30s" doc:"After SIGTERM: connections that are still open then are cut."`

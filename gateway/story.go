@@ -23,6 +23,7 @@ import (
 //	→ the rule                  hello.go
 //	→ [terminate: handshake]    handshake.go   a goroutine of crypto/tls, bounded in number; then the keys are ours
 //	→ the backend               dial.go        the next one if one does not answer
+//	→ [tls://: handshake]       encrypt.go     the same as with the client, the other way round
 //	→ the PROXY header to it    proxy.go
 //	→ relay, half-close         relay.go
 //	→ one outcome, one line     report.go
@@ -40,6 +41,10 @@ func (c *conn) story() stage {
 		return c.nudgeHandshake()
 	case connecting:
 		return c.connect()
+	case waitingEncryption: // the queue moves it on: startHandshakes
+		return c.awaitEncryption()
+	case encrypting: // the handshake moves it on: encrypter.done
+		return c.nudgeEncryption()
 	case greeting:
 		return c.greet()
 	case relaying:
@@ -73,7 +78,7 @@ func (c *conn) advance() {
 func (c *conn) crashed(p any) {
 	c.loop.gw.log.Error("a fault of tlsnat's; please report it", zap.Any("panic", p), zap.Stack("stack"),
 		zap.String("id", c.report.idText()), zap.String("stage", c.stage.String()))
-	if c.stage == over || c.stage == shakingHands {
+	if c.stage == over || c.stage == shakingHands || c.stage == encrypting {
 		return
 	}
 	abort(&c.client)
@@ -100,6 +105,12 @@ func (c *conn) due() {
 	case c.stage == connecting:
 		c.stage = c.nextBackend("no answer in time")
 		c.advance()
+	case c.stage == waitingEncryption:
+		l.encryptQueue.remove(c)
+		c.stage = c.nextBackend("waited too long for its turn to shake hands")
+		c.advance()
+	case c.stage == encrypting:
+		c.giveUpEncryption("no answer to the TLS handshake in time")
 	case c.stage == greeting, c.stage == relaying:
 		c.idle()
 	case c.stage == resetting:
@@ -140,8 +151,16 @@ func (c *conn) cut(o Outcome, why string) {
 		c.giveUpHandshake(why)
 		return
 	}
-	if c.stage == waitingTurn {
+	switch c.stage {
+	case encrypting:
+		c.tell(o, why)
+		abort(&c.client)
+		c.giveUpEncryption(why)
+		return
+	case waitingTurn:
 		c.loop.queue.remove(c)
+	case waitingEncryption:
+		c.loop.encryptQueue.remove(c)
 	}
 	quiet := (o == Idle || c.loop.now-c.active > int64(time.Second)) && !c.up.stuck() && !c.down.stuck()
 	if c.stage == relaying && quiet {

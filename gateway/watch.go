@@ -46,7 +46,7 @@ func (g *Gateway) watch(ctx context.Context) {
 
 // files are what a configuration is read from: files, and directories with all that is in them.
 func (s *Settings) files() (all []string) {
-	for _, path := range []string{s.MapFile, s.Certs} {
+	for _, path := range []string{s.MapFile, s.Certs, s.BackendCAs} {
 		if path != "" {
 			all = append(all, path)
 		}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"flag"
 	"fmt"
@@ -170,6 +171,7 @@ func (e *explanation) write() {
 	e.sayCertificates()
 	e.sayALPN()
 	e.sayBackends()
+	e.sayEncryption()
 	e.sayOptions()
 }
 
@@ -441,7 +443,52 @@ func dialled(b natmap.Backend, r *natmap.Rule, port uint16) string {
 	if strings.Contains(at, ":") {
 		at = "[" + at + "]"
 	}
+	if b.TLS {
+		at = "tls://" + at
+	}
 	return at + ":" + strconv.Itoa(int(b.Port(r.Listen.Lo, port)))
+}
+
+// sayEncryption says who is taken for a tls:// backend.
+func (e *explanation) sayEncryption() {
+	r := e.rule
+	if !slices.ContainsFunc(r.Backends, func(b natmap.Backend) bool { return b.TLS }) {
+		return
+	}
+	o := &r.Options
+	if o.BackendUnverified {
+		e.say("TLS to them", "NOT VERIFIED: whoever answers is taken for the backend (backend-verify=off)")
+		return
+	}
+	lines := []string{"their certificate has to be for " + e.backendName() + ",", "signed by one of the system's CAs"}
+	if a := e.config.BackendCAs[o.BackendCA]; a != nil {
+		lines[1] = "signed by " + some(authorities(a)) + " (" + a.File + ")"
+	}
+	if o.BackendCert != "" {
+		lines = append(lines, "if one asks for a certificate it sees that of "+o.BackendCert)
+	}
+	if o.Proxy != natmap.ProxyOff {
+		lines = append(lines, "the PROXY header goes before TLS")
+	}
+	e.say("TLS to them", lines...)
+}
+
+// backendName is what a backend's certificate has to be for.
+func (e *explanation) backendName() string {
+	switch name := e.rule.Options.BackendName; {
+	case name == natmap.NameOfClient && e.question.name != "":
+		return e.question.name + ", which the client asked for"
+	case name != "" && name != natmap.NameOfClient:
+		return name
+	}
+	return "the host that the map names"
+}
+
+func authorities(a *certs.Authority) (names []string) {
+	for _, c := range a.Certs {
+		names = append(names, cmp.Or(c.Subject.CommonName, c.Subject.String()))
+	}
+	return names
 }
 
 // sayOptions lists every option that has a meaning for the rule, with its value and where that was written.
@@ -461,11 +508,13 @@ func (e *explanation) sayOptions() {
 // meant says whether an option has a meaning for the rule.
 func meant(doc natmap.OptionDoc, r *natmap.Rule) bool {
 	kinds, unnamed := strings.CutSuffix(doc.Rules, " (without a name)")
+	kinds, encrypted := strings.CutSuffix(kinds, " (to tls:// backends)")
 	kind := r.Action.String()
 	if r.Action == natmap.Forward {
 		kind = r.Options.Mode.String()
 	}
-	return slices.Contains(strings.Split(kinds, ", "), kind) && !(unnamed && r.Name != "")
+	return slices.Contains(strings.Split(kinds, ", "), kind) && !(unnamed && r.Name != "") &&
+		(!encrypted || slices.ContainsFunc(r.Backends, func(b natmap.Backend) bool { return b.TLS }))
 }
 
 func (e *explanation) value(key string) string {
@@ -492,7 +541,8 @@ func (e *explanation) option(key string) (value, from string) {
 // An option that neither the rule nor a default line sets is a setting, or built in.
 var (
 	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS"}
-	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443"}
+	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
+		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on"}
 )
 
 // setting is the value of a setting as its author wrote it.

@@ -113,6 +113,8 @@ func caseDir(t *testing.T) string {
 		"certs/one/api.crt":          good.cert,
 		"certs/one/api.key":          good.key,
 		"certs/nothing/README":       []byte("certificates come here"),
+		"cas/corp.pem":               good.cert, // signed by itself
+		"cas/keyed.pem":              append(append([]byte(nil), old.cert...), old.key...),
 		"certs/afile":                []byte("not a directory"),
 		"certs/openkey/api-open.crt": good.cert,
 		"certs/openkey/api-open.pem": good.key, // mode 0644, which a key must not have

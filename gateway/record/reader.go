@@ -129,6 +129,16 @@ func (r *Reader) Need(b []byte) int {
 	return headerLen + int(binary.BigEndian.Uint16(b[3:]))
 }
 
+// Overhead is how many bytes a record has beside its data, padding aside: header, explicit nonce, tag and, in TLS 1.3,
+// the content type.
+func (r *Reader) Overhead() int {
+	n := headerLen + int(r.explicit) + tagLen
+	if r.tls13 {
+		n++
+	}
+	return n
+}
+
 // Next opens the first record of b in place. n is how many bytes of b it took; 0 without an error
 // means that b holds no whole record yet (Need tells how much is wanted). A header is judged as soon
 // as its 5 bytes are there.

@@ -1,0 +1,430 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"reflect"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/record"
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// encryption is how the tls:// backends of a rule are spoken to.
+type encryption struct {
+	minTLS     uint16
+	roots      *x509.CertPool // nil: the system's
+	cert       *certs.Entry   // shown to a backend that asks; nil: none
+	name       string         // of all backends; "": their hosts
+	clientName bool           // the name that the client asked for, where it asked for one
+	unverified bool
+}
+
+func (g *Gateway) newEncryption(c *Config, rule *natmap.Rule) *encryption {
+	o := &rule.Options
+	e := &encryption{minTLS: g.settings.minTLS(), unverified: o.BackendUnverified}
+	if a := c.BackendCAs[o.BackendCA]; a != nil {
+		e.roots = a.Pool
+	}
+	if o.BackendCert != "" {
+		e.cert = c.Certs.ForName(o.BackendCert)
+	}
+	if e.clientName = o.BackendName == natmap.NameOfClient; !e.clientName {
+		e.name = o.BackendName
+	}
+	return e
+}
+
+// nameFor is what the backend's certificate has to be for, a name or an address. A name is also asked for (SNI); an
+// address is not (RFC 6066, section 3).
+func (e *encryption) nameFor(spec *natmap.Backend, asked string) string {
+	switch {
+	case e.name != "":
+		return e.name
+	case e.clientName && asked != "":
+		return asked
+	case spec.Addr.IsValid():
+		return spec.Addr.WithZone("").String()
+	}
+	return strings.TrimSuffix(spec.Host, ".")
+}
+
+// show is the certificate for a backend that asks for one: one that it says it can use, else the first, so that it is
+// the backend that says no.
+func (e *encryption) show(cri *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	if e.cert == nil {
+		return &tls.Certificate{}, nil
+	}
+	for _, c := range e.cert.Certs {
+		if cri.SupportsCertificate(c.TLS()) == nil {
+			return c.TLS(), nil
+		}
+	}
+	return e.cert.Certs[0].TLS(), nil
+}
+
+// tickets are the sessions that a backend can be asked to resume. Handshakes take and put them off the loops.
+type tickets struct {
+	mu     sync.Mutex
+	byPeer map[ticketPeer][]*tls.ClientSessionState // newest last
+}
+
+// ticketPeer is whom a ticket is from: a backend with a range of ports is many servers, and one that is asked for the
+// clients' names has a session for each.
+type ticketPeer struct {
+	name string
+	port uint16
+}
+
+const (
+	ticketsKept = 8   // of one peer: what connections that are opened at once can use without showing one twice
+	ticketPeers = 256 // of one backend
+)
+
+// take is the newest ticket, which is then used up (RFC 8446, appendix C.4) unless it is the only one.
+func (t *tickets) take(p ticketPeer) *tls.ClientSessionState {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	list := t.byPeer[p]
+	if len(list) == 0 {
+		return nil
+	}
+	newest := list[len(list)-1]
+	if len(list) > 1 {
+		list[len(list)-1] = nil
+		t.byPeer[p] = list[:len(list)-1]
+	}
+	return newest
+}
+
+func (t *tickets) put(p ticketPeer, cs *tls.ClientSessionState) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.byPeer == nil {
+		t.byPeer = map[ticketPeer][]*tls.ClientSessionState{}
+	}
+	list := t.byPeer[p]
+	for other := range t.byPeer { // any of them: who is asked for so many names resumes seldom
+		if list != nil || len(t.byPeer) < ticketPeers {
+			break
+		}
+		delete(t.byPeer, other)
+	}
+	if len(list) == ticketsKept {
+		list = append(list[:0], list[1:]...)
+	}
+	t.byPeer[p] = append(list, cs)
+}
+
+// drop forgets a ticket that was no good.
+func (t *tickets) drop(p ticketPeer, cs *tls.ClientSessionState) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if list := t.byPeer[p]; len(list) == 1 && list[0] == cs {
+		delete(t.byPeer, p)
+	}
+}
+
+// encrypt queues the connection to shake hands with the backend that has just been reached.
+func (c *conn) encrypt() stage {
+	l, d := c.loop, c.dial
+	c.stage = waitingEncryption
+	c.setDeadline(d.share(c))
+	l.encryptQueue.push(c)
+	l.startHandshakes()
+	return c.stage
+}
+
+func (l *loop) startEncryption(c *conn) {
+	l.encrypting++
+	l.active.Add(1)
+	c.dial.hs = newEncrypter(c)
+	c.stage = encrypting
+	l.shakers.run(c.dial.hs)
+}
+
+// awaitEncryption waits for the turn. The client may leave meanwhile.
+func (c *conn) awaitEncryption() stage {
+	if c.client.failed != 0 {
+		c.loop.encryptQueue.remove(c)
+		return c.finish(ClientReset, "reset while a backend was sought")
+	}
+	return waitingEncryption
+}
+
+// nudgeEncryption tells the handshake that its socket has news, or that its client has left.
+func (c *conn) nudgeEncryption() stage {
+	if c.client.failed != 0 {
+		c.tell(ClientReset, "reset while a backend was sought")
+		c.giveUpEncryption("")
+	}
+	if c.backend.hup || c.backend.exact {
+		c.dial.hs.wire.cut.Store(true)
+	}
+	c.dial.hs.wire.nudge()
+	return encrypting
+}
+
+// giveUpEncryption ends a handshake whose goroutine holds the descriptor: what becomes of the conn is decided when it
+// reports back.
+func (c *conn) giveUpEncryption(why string) {
+	c.dial.hs.why = why
+	c.dial.hs.wire.gaveUp.Store(true)
+	c.dial.hs.wire.nudge()
+}
+
+// encrypter is crypto/tls's side of a connection to a backend: in a goroutine of its own until the handshake is done,
+// then only for as long as tickets may come.
+type encrypter struct {
+	conn    *conn
+	how     *encryption
+	tickets *tickets
+	peer    ticketPeer
+	name    string
+	alpn    []string
+
+	wire    backendWire
+	tls     *tls.Conn
+	secrets secrets
+	offered *tls.ClientSessionState // the ticket that was shown
+	began   int64                   // loop nanoseconds
+
+	why     string // it was given up
+	state   tls.ConnectionState
+	session *session
+	err     error
+}
+
+func newEncrypter(c *conn) *encrypter {
+	d := c.dial
+	spec := d.backend.spec
+	h := &encrypter{conn: c, how: c.route.encryption, tickets: d.backend.tickets, began: c.loop.clock()}
+	h.name = h.how.nameFor(spec, c.report.sni)
+	h.peer = ticketPeer{h.name, d.target.Port()}
+	if c.report.negotiated != "" {
+		h.alpn = []string{c.report.negotiated}
+	}
+	h.wire.news = make(chan struct{}, 1)
+	h.wire.begin(c.loop, &c.backend, nil)
+	h.wire.toBackend, h.wire.preface = true, c.proxyHeader()
+	return h
+}
+
+// run is the goroutine: the handshake, then the keys, then back to the loop.
+func (h *encrypter) run() {
+	h.shake()
+	h.secrets = secrets{}
+	h.wire.compute(false)
+	h.conn.loop.post(h.done)
+}
+
+func (h *encrypter) shake() {
+	defer func() {
+		if p := recover(); p != nil {
+			h.err = &panicked{p}
+		}
+	}()
+	h.tls = tls.Client(&h.wire, &tls.Config{
+		ServerName:           h.name,
+		RootCAs:              h.how.roots,
+		InsecureSkipVerify:   h.how.unverified,
+		MinVersion:           h.how.minTLS,
+		CipherSuites:         suites12,
+		CurvePreferences:     groups,
+		NextProtos:           h.alpn,
+		GetClientCertificate: h.how.show,
+		ClientSessionCache:   h,
+		KeyLogWriter:         &h.secrets,
+	})
+	if h.err = h.tls.Handshake(); h.err != nil {
+		return
+	}
+	h.state = h.tls.ConnectionState()
+	h.session, h.err = h.takeKeys()
+}
+
+// takeKeys makes the record engine's halves. In TLS 1.3 nothing was written or read under these keys yet; in TLS 1.2
+// Finished was 0, in both directions.
+func (h *encrypter) takeKeys() (*session, error) {
+	client, server, err := h.secrets.keys(&h.state, &h.wire.wire)
+	if err != nil {
+		return nil, err
+	}
+	s := &session{}
+	seq := uint64(1)
+	if h.state.Version == tls.VersionTLS13 {
+		seq, s.tickets = 0, h
+	}
+	s.reader.Init(server, seq, record.Client)
+	s.writer.Init(client, seq)
+	return s, nil
+}
+
+// done is back on the loop: the handshake is over, one way or the other.
+func (h *encrypter) done() {
+	c := h.conn
+	l := c.loop
+	l.encrypting--
+	c.dial.hs, h.conn = nil, nil
+	c.backend.readable = !h.wire.drained || len(h.wire.news) > 0 || c.backend.hup
+	c.backend.writable = true
+	switch {
+	case c.report.told:
+		abort(&c.backend)
+		c.finish(ClientReset, "")
+	case h.why != "":
+		c.stage = c.nextBackend(h.why)
+		c.advance()
+	case errors.As(h.err, new(*panicked)):
+		c.stage = c.unconnected(Internal, h.err.Error())
+		c.advance()
+	case h.err != nil:
+		c.stage = c.nextBackend(h.reason(c.backend.failed))
+		c.advance()
+	default:
+		h.handOver(c)
+	}
+	l.startHandshakes()
+}
+
+func (h *encrypter) handOver(c *conn) {
+	c.backend.tls = h.session
+	if rest := h.wire.rest(); len(rest) > 0 {
+		c.down.carry = append(c.loop.lend(len(rest)), rest...)
+	}
+	c.report.encrypted(&h.state, c.loop.now-h.began)
+	h.wire.buf, h.wire.over, h.session, h.state = nil, true, nil, tls.ConnectionState{}
+	h.wire.forget()
+	c.stage = c.found()
+	c.advance()
+}
+
+// reason finds the words for a handshake that failed: the backend's certificate, its alert, or what else it did.
+func (h *encrypter) reason(failed unix.Errno) string {
+	err := h.err
+	var unverified *tls.CertificateVerificationError
+	var op *net.OpError
+	switch {
+	case errors.As(err, &unverified):
+		return "its certificate is not accepted: " + strings.TrimPrefix(unverified.Err.Error(), "x509: ")
+	case errors.As(err, &op) && op.Op == "remote error":
+		if v := reflect.ValueOf(op.Err); v.Kind() == reflect.Uint8 { // crypto/tls keeps the type of its alerts to itself
+			return "it refused the TLS handshake with the alert " + record.Alert(v.Uint()).String()
+		}
+	case h.wire.refusal > 0:
+		return "it refused the TLS handshake with the alert " + record.Alert(h.wire.refusal).String()
+	case errors.As(err, new(tls.RecordHeaderError)):
+		return "it does not speak TLS"
+	case failed != 0:
+		return "TLS handshake: " + failed.Error()
+	case errors.Is(err, io.EOF):
+		return "it left during the TLS handshake"
+	}
+	return "TLS handshake: " + strings.TrimPrefix(err.Error(), "tls: ")
+}
+
+// masterMark begins our entry in a session of TLS 1.2: its master secret, which crypto/tls does not log when the
+// session is resumed.
+var masterMark = []byte("tlsnat/master")
+
+// Get and Put are the tls.ClientSessionCache of this one connection.
+func (h *encrypter) Get(string) (*tls.ClientSessionState, bool) {
+	cs := h.tickets.take(h.peer)
+	if cs == nil {
+		return nil, false
+	}
+	h.offered = cs
+	if _, state, err := cs.ResumptionState(); err == nil {
+		for _, extra := range state.Extra {
+			if master, ok := bytes.CutPrefix(extra, masterMark); ok && len(master) == len(h.secrets.master) {
+				copy(h.secrets.master[:], master)
+				h.secrets.mastered = true // unless the backend prefers to shake hands in full: then the log has another
+			}
+		}
+	}
+	return cs, true
+}
+
+// Put takes a ticket: in TLS 1.2 during the handshake, with the master secret in it; in TLS 1.3 when one has come.
+// No ticket at all means that the one that was shown is no good.
+func (h *encrypter) Put(_ string, cs *tls.ClientSessionState) {
+	if cs == nil {
+		h.tickets.drop(h.peer, h.offered)
+		return
+	}
+	if h.secrets.mastered {
+		ticket, state, err := cs.ResumptionState()
+		if err != nil {
+			return
+		}
+		state.Extra = [][]byte{append(append([]byte(nil), masterMark...), h.secrets.master[:]...)}
+		if cs, err = tls.NewResumptionState(ticket, state); err != nil {
+			return
+		}
+	}
+	h.tickets.put(h.peer, cs)
+}
+
+// maxTicketRecord bounds the records that are looked at for tickets. One that has a client's chain in it has some KiB.
+const maxTicketRecord = 8 << 10
+
+// copyTicket copies the first record of b, if it may be a ticket: the engine opens records in place.
+func (s *session) copyTicket(b []byte) []byte {
+	if n := s.reader.Need(b); n <= len(b) && n <= maxTicketRecord {
+		return append([]byte(nil), b[:n]...)
+	}
+	return nil
+}
+
+// takeTicket has crypto/tls read a record of NewSessionTicket messages (RFC 8446, section 4.6.1): only it knows the
+// resumption secret. It reads them in order and nothing else, so with the first record of another kind that is over.
+func (s *session) takeTicket(rec []byte, kind record.Kind) {
+	if kind != record.Ignored || rec == nil {
+		s.tickets = nil
+		return
+	}
+	h := s.tickets
+	h.wire.after = rec
+	var none [1]byte
+	_, _ = h.tls.Read(none[:]) // ends with errNoMore, as there is no data in it
+}
+
+// errNoMore is temporary: crypto/tls can go on afterwards.
+var errNoMore = os.ErrDeadlineExceeded
+
+// backendWire is a wire until the handshake is over, and from then on what takeTicket hands out.
+type backendWire struct {
+	wire
+	over  bool
+	after []byte
+}
+
+func (w *backendWire) Read(p []byte) (int, error) {
+	if !w.over {
+		return w.wire.Read(p)
+	}
+	n := copy(p, w.after)
+	if w.after = w.after[n:]; n == 0 {
+		return 0, errNoMore
+	}
+	return n, nil
+}
+
+// Write forgets what crypto/tls would say of a ticket, an alert: that is the record engine's affair.
+func (w *backendWire) Write(p []byte) (int, error) {
+	if !w.over {
+		return w.wire.Write(p)
+	}
+	return len(p), nil
+}
