@@ -429,8 +429,9 @@ func fill(t testing.TB, name string, vars map[string]string) string {
 	return writeFile(t, name, []byte(strings.NewReplacer(pairs...).Replace(string(text))))
 }
 
-// webServer is an nginx: files over HTTP and over HTTPS, GET and PUT, and one that demands a PROXY header.
-type webServer struct{ dir, plain, tls, proxy string }
+// webServer is an nginx: files over HTTP and over HTTPS, GET and PUT, one that demands a PROXY header, and two that say
+// what they have seen of TLS 1.2 and 1.3.
+type webServer struct{ dir, plain, tls, proxy, seen12, seen13 string }
 
 func nginx(t testing.TB) *webServer {
 	t.Helper()
@@ -439,15 +440,16 @@ func nginx(t testing.TB) *webServer {
 	if err := os.MkdirAll(filepath.Join(dir, "files"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	ports := freePorts(t, 3)
+	ports := freePorts(t, 5)
 	vars := map[string]string{"dir": dir, "chain": writeFile(t, "chain.pem", pki(t).chainPEM("wild-rsa")),
 		"key": writeFile(t, "key.pem", pki(t).leaves["wild-rsa"].keyPEM())}
-	for i, name := range []string{"plain", "tls", "proxy"} {
+	for i, name := range []string{"plain", "tls", "proxy", "seen12", "seen13"} {
 		vars[name] = strconv.Itoa(ports[i])
 	}
 	conf := fill(t, "nginx.conf", vars)
 	server(t, command(t, path, "-c", conf, "-p", dir, "-e", "stderr"), "127.0.0.1:"+vars["plain"])
-	return &webServer{filepath.Join(dir, "files"), "127.0.0.1:" + vars["plain"], "127.0.0.1:" + vars["tls"], "127.0.0.1:" + vars["proxy"]}
+	at := func(name string) string { return "127.0.0.1:" + vars[name] }
+	return &webServer{filepath.Join(dir, "files"), at("plain"), at("tls"), at("proxy"), at("seen12"), at("seen13")}
 }
 
 // makeFile writes n bytes that look random and nowhere repeat, and returns their SHA-256.
@@ -1278,7 +1280,8 @@ func TestProxyHeaderIsHandedOn(t *testing.T) {
 func TestHAProxyTakesOurHeader(t *testing.T) {
 	path := program(t, "haproxy", "haproxy")
 	port := strconv.Itoa(freePorts(t, 1)[0])
-	server(t, command(t, path, "-db", "-f", fill(t, "haproxy.cfg", map[string]string{"port": port})), "127.0.0.1:"+port)
+	server(t, command(t, path, "-db", "-f", fill(t, "haproxy.cfg", map[string]string{"port": port, "tls": strconv.Itoa(freePorts(t, 1)[0]),
+		"pem": writeFile(t, "haproxy.pem", append(pki(t).chainPEM("edge-ecdsa"), pki(t).leaves["edge-ecdsa"].keyPEM()...))})), "127.0.0.1:"+port)
 	b := start(t, ":{0} edge.test -> 127.0.0.1:"+port+" proxy=v1\n:{0} *.wild.test -> 127.0.0.1:"+port+" proxy=v2")
 	v1 := run(t, b.curl(t, 0, "edge.test"), "")
 	l := b.next(t)

@@ -194,12 +194,20 @@ type logLine struct {
 	Level, Msg, ID, Outcome, Listen, Client, Peer, SNI, ALPN, TLS, Cipher, Group, JA4, Rule, Mode, Backend, Path, Stage,
 	Alert, Error string
 	Resumed       *bool
-	AlertReceived string  `json:"alert_received"`
-	BytesUp       int64   `json:"bytes_up"`
-	BytesDown     int64   `json:"bytes_down"`
-	HandshakeMS   float64 `json:"handshake_ms"`
-	ConnectMS     float64 `json:"connect_ms"`
-	DurationMS    float64 `json:"duration_ms"`
+	AlertReceived string `json:"alert_received"`
+
+	BackendTLS           string  `json:"backend_tls"`
+	BackendCipher        string  `json:"backend_cipher"`
+	BackendResumed       bool    `json:"backend_resumed"`
+	BackendHandshakeMS   float64 `json:"backend_handshake_ms"`
+	BackendAlert         string  `json:"backend_alert"`
+	BackendAlertReceived string  `json:"backend_alert_received"`
+
+	BytesUp     int64   `json:"bytes_up"`
+	BytesDown   int64   `json:"bytes_down"`
+	HandshakeMS float64 `json:"handshake_ms"`
+	ConnectMS   float64 `json:"connect_ms"`
+	DurationMS  float64 `json:"duration_ms"`
 
 	text  string
 	taken bool
