@@ -161,9 +161,12 @@ func (e *end) send(t testing.TB, b []byte) {
 
 // notify says close_notify, where TLS is spoken.
 func (e *end) notify() {
-	if s, ok := e.Conn.(*tls.Conn); ok {
+	switch s := e.Conn.(type) {
+	case *tls.Conn:
 		_ = s.CloseWrite()
 		_ = e.tcp.SetWriteDeadline(time.Now().Add(patience)) // crypto/tls lets no more writes through
+	case *rekeying:
+		s.notify()
 	}
 }
 
@@ -710,8 +713,8 @@ func TestKeyUpdatesAmidStreams(t *testing.T) {
 	}
 }
 
-// TestAThousandConversations of random sizes, cut at random, ended one way or another: nothing is lost, nothing is
-// made up, and each end is carried over.
+// TestAThousandConversations of random sizes, cut at random, with KeyUpdates at random, ended one way or another: nothing
+// is lost, nothing is made up, and each end is carried over.
 func TestAThousandConversations(t *testing.T) {
 	const conversations, atOnce = 1000, 12
 	seed := uint64(time.Now().UnixNano())
@@ -754,7 +757,9 @@ func newMeeting(t testing.TB, x *crossing) *meeting {
 				select {
 				case c := <-arrivals:
 					m.ended.Go(func() {
-						if e, err := serverEnd(t, c, version); err == nil {
+						if version == tls.VersionTLS13 && rand.IntN(2) == 0 {
+							m.introduce(&end{&rekeying{penman: serverPenman(t, c, version)}, c}, len(x.hello))
+						} else if e, err := serverEnd(t, c, version); err == nil {
 							m.introduce(e, len(x.hello))
 						}
 					})
@@ -792,6 +797,49 @@ func (m *meeting) at(number uint64) chan *end {
 	}
 	return m.waiting[number]
 }
+
+// rekeying is an end in TLS 1.3 that goes over to new keys now and then, and cuts its records at random.
+type rekeying struct {
+	*penman
+	heard int // of what was read
+	ended error
+}
+
+func (r *rekeying) Write(b []byte) (n int, err error) {
+	var out []byte
+	for n < len(b) {
+		m := min(1+rand.IntN(1<<rand.IntN(15)), len(b)-n)
+		out = append(out, r.data(b[n:n+m])...)
+		if n += m; rand.IntN(8) == 0 && m > 2000 { // not so many that it's a storm
+			out = append(out, r.update(rand.IntN(2) == 0)...)
+		}
+	}
+	_, err = r.TCPConn.Write(out)
+	return n, err
+}
+
+func (r *rekeying) Read(b []byte) (int, error) {
+	for r.heard == len(r.all) && r.ended == nil {
+		done, alert, err := r.step()
+		switch {
+		case !done:
+		case alert == "close_notify":
+			r.ended = err
+		case err == io.EOF:
+			r.ended = io.ErrUnexpectedEOF
+		default:
+			r.ended = err
+		}
+	}
+	if r.heard == len(r.all) {
+		return 0, r.ended
+	}
+	n := copy(b, r.all[r.heard:])
+	r.heard += n
+	return n, nil
+}
+
+func (r *rekeying) notify() { _, _ = r.TCPConn.Write(r.record(21, []byte{1, 0})) }
 
 // conversation is one of the thousand.
 type conversation struct {
@@ -831,7 +879,13 @@ func (c *conversation) run(t *testing.T, x *crossing, m *meeting) error {
 		up.waits, down.waits = false, true
 	}
 	c.text = fmt.Sprintf("%s, %d bytes up (reset: %v), %d down", w.name, len(up.data), up.resets, len(down.data))
-	client := x.enter(t, w)
+	var client *end
+	if w.tls == tls.VersionTLS13 && c.rng.IntN(2) == 0 {
+		p := dialPenman(t, x.bed, w.port, nil)
+		client = &end{&rekeying{penman: p}, p.TCPConn}
+	} else {
+		client = x.enter(t, w)
+	}
 	client.send(t, binary.BigEndian.AppendUint64(nil, uint64(c.number)))
 	var backend *end
 	select {
