@@ -119,6 +119,12 @@ func inTurns(b *testing.B, w work, run func(b *testing.B, g *gateway)) {
 // openFor starts a peer for a test or a benchmark and ends it with that.
 func (p *peer) openFor(t testing.TB, bulk bool) *gateway {
 	t.Helper()
+	return p.openAt(t, site{backend: backendAt, bulk: bulk, core: here.gatewayCore})
+}
+
+// openAt does that where the site says.
+func (p *peer) openAt(t testing.TB, s site) *gateway {
+	t.Helper()
 	dir, err := os.MkdirTemp(runDir, p.name+"-")
 	if err != nil {
 		t.Fatal(err)
@@ -126,7 +132,8 @@ func (p *peer) openFor(t testing.TB, bulk bool) *gateway {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	g, err := p.open(site{dir: dir, backend: backendAt, bulk: bulk})
+	s.dir = dir
+	g, err := p.open(s)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -45,8 +45,12 @@ func (s site) copyCertificates() error {
 }
 
 func tlsnatSettings(s site) []string {
+	behind := s.backend
+	if s.encrypt {
+		behind = "tls://" + s.backend + " backend-ca=ecdsa.test backend-name=ecdsa.test"
+	}
 	rules := []string{
-		s.at[ecdsaDoor] + " ecdsa.test -> " + s.backend,
+		s.at[ecdsaDoor] + " ecdsa.test -> " + behind,
 		s.at[rsaDoor] + " rsa.test -> " + s.backend,
 		s.at[passDoor] + " ecdsa.test -> " + s.backend + " mode=pass",
 		s.at[tcpDoor] + " -> " + s.backend + " mode=tcp",
@@ -54,6 +58,7 @@ func tlsnatSettings(s site) []string {
 	return []string{
 		"TLSNAT_MAP=" + strings.Join(rules, "\n"),
 		"TLSNAT_CERTS=" + filepath.Join(s.dir, "certs"),
+		"TLSNAT_BACKEND_CAS=" + filepath.Join(s.dir, "certs"), // they are signed by themselves
 		"TLSNAT_STATE=" + filepath.Join(s.dir, "state"),
 		"TLSNAT_ADMIN=off",
 		"TLSNAT_LOG_LEVEL=error",

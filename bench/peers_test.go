@@ -55,7 +55,9 @@ type peer struct {
 type site struct {
 	dir     string
 	binary  string
+	core    int             // that it is pinned to
 	backend string          // host:port
+	encrypt bool            // the backend is a gateway that ends TLS as ecdsa.test: only tlsnat is asked for it
 	bulk    bool            // the work to come is bulk: for a peer that has to be set up for the one or the other
 	at      map[door]string // host:port to listen on
 	port    map[door]string
@@ -144,7 +146,7 @@ func (p *peer) open(s site) (*gateway, error) {
 	cmd := exec.Command(p.binary, args...)
 	cmd.Dir = s.dir
 	cmd.Env = append(cleanEnv(), p.settings(s)...)
-	run, err := start(here.gatewayCore, cmd, filepath.Join(s.dir, "log"))
+	run, err := start(s.core, cmd, filepath.Join(s.dir, "log"))
 	if err != nil {
 		return nil, err
 	}

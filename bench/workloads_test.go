@@ -138,6 +138,32 @@ func BenchmarkBulk(b *testing.B) {
 	}
 }
 
+// BenchmarkReencrypt is bulk and echo from TLS to TLS, beside the same where TLS ends (terminate). The backend is a gateway of the same kind on the load's
+// core, which ends TLS in front of the usual one.
+func BenchmarkReencrypt(b *testing.B) {
+	if tlsnat.missing != nil {
+		b.Skip(tlsnat.missing)
+	}
+	for _, w := range []struct {
+		name     string
+		down, up int
+	}{{"down", 1, 0}, {"up", 0, 1}, {"both", 1, 1}, {"echo", 0, 0}} {
+		for _, how := range []string{"terminate", "reencrypt"} {
+			b.Run("peer=tlsnat/"+how+"-"+w.name, func(b *testing.B) {
+				s := site{backend: backendAt, bulk: w.name != "echo", core: here.gatewayCore}
+				if how == "reencrypt" {
+					s.backend, s.encrypt = tlsnat.openAt(b, site{backend: backendAt, core: here.loadCore}).at[ecdsaDoor], true
+				}
+				if g := tlsnat.openAt(b, s); w.name == "echo" {
+					benchEcho(b, g, ecdsaDoor, 0, 64, 256)
+				} else {
+					benchBulk(b, g, ecdsaDoor, w.down, w.up)
+				}
+			})
+		}
+	}
+}
+
 func benchBulk(b *testing.B, g *gateway, d door, down, up int) {
 	const streams = 4
 	size := 32 << 20
