@@ -18,6 +18,9 @@ type Authority struct {
 	Pool  *x509.CertPool      // the same
 }
 
+// signs says whether others may be verified by c (RFC 5280, 4.2.1.9). Version 1 has no mark of a CA.
+func signs(c *x509.Certificate) bool { return c.Version < 3 || c.BasicConstraintsValid && c.IsCA }
+
 // LoadAuthority reads NAME.pem out of dir and reports everything that is wrong with it at once, sorted by line. It is
 // nil if nothing in the file is a certificate that can be trusted to sign others.
 func LoadAuthority(dir, name string, now time.Time) (*Authority, []Problem) {
@@ -35,7 +38,7 @@ func LoadAuthority(dir, name string, now time.Time) (*Authority, []Problem) {
 	}
 	for _, c := range f.certs {
 		switch {
-		case c.BasicConstraintsValid && !c.IsCA && !selfIssued(c.Certificate):
+		case !signs(c.Certificate) && !selfIssued(c.Certificate):
 			r.fail(c.at(), "put the certificate of the CA that signed it here", "is the certificate of a server or a client, not of a CA")
 			continue
 		case now.After(c.NotAfter):

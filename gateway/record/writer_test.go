@@ -15,6 +15,11 @@ func TestSlotHasRoomForEveryVersion(t *testing.T) {
 		if got := [2]int{w.Prefix(), w.Suffix()}; got != want {
 			t.Errorf("%s: prefix and suffix %v, want %v", tls.CipherSuiteName(suite), got, want)
 		}
+		var r Reader
+		r.Init(testKeys(t, suite), 0, Server)
+		if got := r.Overhead(); got != want[0]+want[1] {
+			t.Errorf("%s: a record that is read has %d bytes beside its data, one that is written %v", tls.CipherSuiteName(suite), got, want)
+		}
 	}
 }
 
