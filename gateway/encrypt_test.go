@@ -255,6 +255,34 @@ func TestBackendIsVerified(t *testing.T) {
 	})
 }
 
+// TestReloadReadsTheBackendCAs: a CA that was renewed counts from the next connection on.
+func TestReloadReadsTheBackendCAs(t *testing.T) {
+	stranger, err := issue(nil, "stranger", ecdsaKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := writeFile(t, "corp.pem", stranger.pem())
+	addr := serve(t, func(c *net.TCPConn) {
+		s := tls.Server(c, serverConfig(t, 0))
+		_, _ = io.Copy(s, s)
+		_ = s.Close()
+	})
+	b := start(t, ":{0} edge.test -> tls://"+addr+" backend-ca=corp backend-name=edge.test", "BACKEND_CAS="+filepath.Dir(file))
+	if l, _ := b.disappoint(t, 0); l.Outcome != "connect_failed" || !strings.Contains(l.Error, "unknown authority") {
+		t.Errorf("line: %s", l)
+	}
+	if err := os.WriteFile(file, pki(t).root.pem(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r := b.gateway.Reload(); !r.OK {
+		t.Fatalf("%+v", r)
+	}
+	c := b.dialTLS(t, 0, nil)
+	exchange(t, c, []byte("hello"))
+	_ = c.Close()
+	b.lineOf(t, c).expect(t, logLine{Outcome: "ok", BackendTLS: "1.3"})
+}
+
 // signedBy is the certificate again, signed as it is now.
 func (id *identity) signedBy(by *identity) (*identity, error) {
 	der, err := x509.CreateCertificate(nil, id.Certificate, by.Certificate, id.key.Public(), by.key)
