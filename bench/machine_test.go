@@ -100,8 +100,15 @@ func eachThread(do func(tid int) error) error {
 	return nil
 }
 
+// anyCore as a core is the gateway's and the load's together.
+const anyCore = -1
+
 func pin(tid, core int) error {
 	var set unix.CPUSet
+	if core == anyCore {
+		set.Set(here.gatewayCore)
+		core = here.loadCore
+	}
 	set.Set(core)
 	if err := unix.SchedSetaffinity(tid, &set); err != nil {
 		return fmt.Errorf("pin thread %d to core %d: %w", tid, core, err)

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 )
 
@@ -62,7 +63,7 @@ func tlsnatSettings(s site) []string {
 		"TLSNAT_STATE=" + filepath.Join(s.dir, "state"),
 		"TLSNAT_ADMIN=off",
 		"TLSNAT_LOG_LEVEL=error",
-		"TLSNAT_LOOPS=1",
+		"TLSNAT_LOOPS=" + strconv.Itoa(max(1, s.loops)),
 		"TLSNAT_HELLO_TIMEOUT=10m", // half hellos are counted, not closed
 	}
 }

@@ -57,6 +57,7 @@ type site struct {
 	binary  string
 	core    int             // that it is pinned to
 	backend string          // host:port
+	loops   int             // event loops; 0: one. Only tlsnat is asked for it
 	encrypt bool            // the backend is a gateway that ends TLS as ecdsa.test: only tlsnat is asked for it
 	bulk    bool            // the work to come is bulk: for a peer that has to be set up for the one or the other
 	at      map[door]string // host:port to listen on

@@ -164,6 +164,28 @@ func BenchmarkReencrypt(b *testing.B) {
 	}
 }
 
+// BenchmarkLoops is what a second event loop costs: echo and bulk through one loop and through two, either on both cores, which they share with the load.
+func BenchmarkLoops(b *testing.B) {
+	if tlsnat.missing != nil {
+		b.Skip(tlsnat.missing)
+	}
+	for _, w := range []string{"echo", "down", "up"} {
+		for _, n := range []int{1, 2} {
+			b.Run(fmt.Sprintf("peer=tlsnat/%s-%d", w, n), func(b *testing.B) {
+				g := tlsnat.openAt(b, site{backend: backendAt, bulk: w != "echo", core: anyCore, loops: n})
+				switch w {
+				case "echo":
+					benchEcho(b, g, ecdsaDoor, 0, 64, 256)
+				case "down":
+					benchBulk(b, g, ecdsaDoor, 1, 0)
+				case "up":
+					benchBulk(b, g, ecdsaDoor, 0, 1)
+				}
+			})
+		}
+	}
+}
+
 func benchBulk(b *testing.B, g *gateway, d door, down, up int) {
 	const streams = 4
 	size := 32 << 20

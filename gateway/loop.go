@@ -91,6 +91,7 @@ func (l *loop) run() {
 		l.runPosted()
 		l.serveLater()
 		l.startHandshakes()
+		l.noteRound()
 		if l.active.Load() > 0 || len(l.later) > 0 {
 			runtime.Gosched() // handshakes get the P now, not when the monitor notices
 		}
@@ -104,6 +105,20 @@ func (l *loop) look() ([]unix.EpollEvent, error) {
 		return l.poll.events[:l.poll.n], l.poll.fault
 	}
 	return l.poll.sleep(l.now, l.wheel.next(), l.hasNews)
+}
+
+// slowRound is longer than anything a loop does should take: whoever waits for the loop begins to feel it.
+const slowRound = int64(10 * time.Millisecond)
+
+// noteRound measures how long the others had to wait for this round: the loop's lag.
+func (l *loop) noteRound() {
+	took := l.clock() - l.now
+	if took > slowRound {
+		l.counters.slowRounds.Add(1)
+	}
+	if took > l.counters.longestRound.Load() {
+		l.counters.longestRound.Store(took)
+	}
 }
 
 func (l *loop) tick() { l.now = l.clock() }

@@ -217,6 +217,9 @@ func (l *loop) log(c *conn) {
 type counters struct {
 	accepted, probes, bytesUp, bytesDown, spliced, acceptRests atomic.Uint64
 
+	slowRounds   atomic.Uint64
+	longestRound atomic.Int64 // nanoseconds
+
 	outcomes   [outcomes]atomic.Uint64
 	handshakes [tlsVersions][tlsGroups][2]atomic.Uint64 // the last index is 1 for resumed ones
 }

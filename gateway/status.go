@@ -34,6 +34,14 @@ type Status struct {
 	Listens      []string `json:"listen"` // the ports as ranges, at most maxListens of them
 
 	Reloads ReloadCounts `json:"reloads"`
+	PerLoop []LoopStatus `json:"per_loop"`
+}
+
+// LoopStatus is how one event loop is doing.
+type LoopStatus struct {
+	Accepted     uint64  `json:"accepted"`         // connections
+	SlowRounds   uint64  `json:"slow_rounds"`      // that took more than 10 ms: connections waited for it as long
+	LongestRound float64 `json:"longest_round_ms"` // since the start
 }
 
 // ReloadCounts are attempts to change the configuration, and how the last one ended.
@@ -131,6 +139,10 @@ func (g *Gateway) Status() Status {
 	}
 	s.Reloads.Since = gen.made
 	s.Reloads.Last, s.Reloads.OK, s.Reloads.Failed = g.LastReload()
+	for _, l := range g.loops {
+		n := &l.counters
+		s.PerLoop = append(s.PerLoop, LoopStatus{n.accepted.Load(), n.slowRounds.Load(), float64(n.longestRound.Load()) / 1e6})
+	}
 	g.sum(&s)
 	return s
 }

@@ -39,6 +39,9 @@ var (
 	bytesDesc      = desc("bytes_total", "Bytes carried, without TLS around them: up is client to backend.", "direction")
 	handshakesDesc = desc("handshakes_total", "TLS handshakes with clients that were finished, by what was agreed on.", "version", "group", "resumed")
 	reloadsDesc    = desc("config_reloads_total", "Attempts to read the configuration again, by result.", "result")
+	loopConnsDesc  = desc("loop_connections_accepted_total", "Connections accepted by each event loop.", "loop")
+	loopSlowDesc   = desc("loop_slow_rounds_total", "Rounds of each event loop that took more than 10 ms: its connections waited as long.", "loop")
+	loopLagDesc    = desc("loop_longest_round_seconds", "The longest round of each event loop since the start.", "loop")
 	certDesc       = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, of the "+strconv.Itoa(certGauges)+" that expire first.", "name", "key", "file")
 	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
 )
@@ -86,7 +89,7 @@ func number(b bool) float64 {
 
 // Describe and Collect make the Server a prometheus.Collector.
 func (s *Server) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, certDesc, buildDesc} {
+	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
 		to <- d
 	}
 	for i := range plainMetrics {
@@ -113,6 +116,12 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	}
 	send(reloadsDesc, prometheus.CounterValue, float64(status.Reloads.OK), "ok")
 	send(reloadsDesc, prometheus.CounterValue, float64(status.Reloads.Failed), "error")
+	for i, l := range status.PerLoop {
+		loop := strconv.Itoa(i)
+		send(loopConnsDesc, prometheus.CounterValue, float64(l.Accepted), loop)
+		send(loopSlowDesc, prometheus.CounterValue, float64(l.SlowRounds), loop)
+		send(loopLagDesc, prometheus.GaugeValue, l.LongestRound/1000, loop)
+	}
 	s.collectCerts(send)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
 }
