@@ -59,6 +59,9 @@ func (a Alert) level() byte {
 	return levelFatal
 }
 
+// Body is the alert as a record carries it: level and description (RFC 8446 6).
+func (a Alert) Body() [2]byte { return [2]byte{a.level(), byte(a)} }
+
 // Error says why a Reader refuses what the peer sent. It is fatal: send Alert, then close.
 type Error struct {
 	Alert  Alert  // what to tell the peer

@@ -58,6 +58,20 @@ func (h *half) park() {
 	h.aead = nil
 }
 
+// suite is the cipher suite's number, 0 when it is over.
+func (h *half) suite() uint16 { return h.keys.suite }
+
+// export copies what another engine needs to go on from here.
+func (h *half) export() (Keys, uint64) { return h.keys, h.seq }
+
+// follow gives up opening and sealing: key and IV are wiped, what is left counts records and makes the next keys.
+func (h *half) follow() {
+	h.park()
+	clear(h.keys.key[:])
+	clear(h.keys.iv[:])
+	clear(h.nonce[:])
+}
+
 // wipe ends this half: without keys it is over.
 func (h *half) wipe() {
 	h.park()

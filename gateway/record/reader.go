@@ -139,6 +139,48 @@ func (r *Reader) Overhead() int {
 	return n
 }
 
+// Suite is the cipher suite's number, 0 when nothing is opened any more.
+func (r *Reader) Suite() uint16 { return r.suite() }
+
+// TLS13 says whether the version is 1.3, in which the peer may change its keys.
+func (r *Reader) TLS13() bool { return r.tls13 }
+
+// Export copies the keys and the number of the next record, for an engine that goes on opening from
+// here, such as the kernel's: at the end of a record only. Wipe the copy; when the other engine has taken over, say
+// Follow.
+func (r *Reader) Export() (k Keys, seq uint64) { return r.export() }
+
+// Follow tells r that another engine opens from now on. r forgets key and IV, and must not be asked for the Next record
+// any more; it judges what the other one has opened (Judge, Carried), by the same rules and within the same budgets.
+func (r *Reader) Follow() { r.follow() }
+
+// Carried counts n bytes of application data, at least one, that the other engine has opened.
+func (r *Reader) Carried(n int) {
+	r.useless = 0
+	r.credit = min(r.credit+uint32(min(n, updateCredit)), updateCredit)
+}
+
+// Judge says what a record means that the other engine has opened: its content type and content. After KeyUpdate and
+// KeyUpdateRequested, Export has the keys of the records behind it, then Follow again. Errors are those of Next.
+func (r *Reader) Judge(typ byte, p []byte) (Record, error) {
+	if r.over() {
+		return Record{}, ErrClosed
+	}
+	r.seq++
+	if typ == typeData && len(p) > 0 && r.have == 0 {
+		r.Carried(len(p))
+		return Record{Data: p}, nil
+	}
+	rec, e := r.control(typ, p)
+	if e != nil {
+		return Record{}, e
+	}
+	return rec, nil
+}
+
+// Refuse makes the error for a record that the other engine could not open, and ends reading.
+func (r *Reader) Refuse(a Alert, reason string) error { return r.fail(a, reason) }
+
 // Next opens the first record of b in place. n is how many bytes of b it took; 0 without an error
 // means that b holds no whole record yet (Need tells how much is wanted). A header is judged as soon
 // as its 5 bytes are there.

@@ -13,6 +13,9 @@ import (
 // notice. ChaCha20-Poly1305 has no such limit, and an update every 256 GiB costs nothing.
 const updateAfter = 1 << 24
 
+// overAfter records, 2^24.5, the keys of AES-GCM in TLS 1.3 must not be used any more (RFC 8446 5.5).
+const overAfter = 23726566
+
 // Writer seals what we send. Embed it by value; it is not safe for concurrent use. The zero Writer
 // has no keys: Init it.
 type Writer struct {
@@ -79,6 +82,32 @@ func (w *Writer) AppendKeyUpdate(dst []byte, request bool) []byte {
 
 // UpdateDue tells that it is time for AppendKeyUpdate. It is never so in TLS 1.2.
 func (w *Writer) UpdateDue() bool { return w.tls13 && w.seq >= updateAfter }
+
+// Suite is the cipher suite's number, 0 when nothing is sealed any more.
+func (w *Writer) Suite() uint16 { return w.suite() }
+
+// Export copies the keys and the number of the next record, for an engine that goes on sealing from
+// here, such as the kernel's. Wipe the copy; when the other engine has taken over, say Follow.
+func (w *Writer) Export() (k Keys, seq uint64) { return w.export() }
+
+// Follow tells w that another engine seals from now on. w forgets key and IV, and must not Seal or Append any more; it
+// counts what it is told of (Carried), and makes the next keys (Update).
+func (w *Writer) Follow() { w.follow() }
+
+// Carried counts so many records that the other engine has sealed.
+func (w *Writer) Carried(records int) { w.seq += uint64(records) }
+
+// Update goes over to the next keys, which Export then copies: when a KeyUpdate has been sent by the other engine
+// (RFC 8446 4.6.3). It is nothing in TLS 1.2.
+func (w *Writer) Update() {
+	if w.tls13 && !w.over() {
+		w.advance()
+	}
+}
+
+// UsedUp tells that not one more record may be sealed with the keys (RFC 8446 5.5). A Writer that gets its KeyUpdate
+// when UpdateDue says so never comes here.
+func (w *Writer) UsedUp() bool { return w.tls13 && !specs[w.keys.suite].chacha && w.seq >= overAfter }
 
 // spent tells that there are no keys, or no sequence numbers left under them.
 func (w *Writer) spent() bool { return w.over() || w.seq == lastSeq }
