@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/ktls"
+	"github.com/tlsnat/tlsnat/gateway/record"
 )
 
 const (
@@ -44,9 +47,9 @@ func (c *conn) linger() stage {
 // skim reads and forgets what a socket brings. It says whether the peer may still send more.
 func (c *conn) skim(s *socket) bool {
 	for s.readable && c.skimmed <= lastWordsBytes {
-		n, e := sysRead(s.fd, c.loop.scratch)
+		n, e := c.skimOnce(s)
 		switch {
-		case e == unix.EAGAIN:
+		case e == unix.EAGAIN || s.kernelOpens() && unopenable(e):
 			s.readable = false
 		case e != 0:
 			s.failed = e
@@ -59,6 +62,17 @@ func (c *conn) skim(s *socket) bool {
 		}
 	}
 	return true
+}
+
+func (c *conn) skimOnce(s *socket) (int, unix.Errno) {
+	if !s.kernelOpens() {
+		return sysRead(s.fd, c.loop.scratch)
+	}
+	n, typ, e := ktls.Receive(s.fd, c.loop.scratch) // read(2) stops at what is no data
+	if e == 0 && n == 0 && typ != 0 {
+		n = 1 // an empty record is not the end
+	}
+	return n, e
 }
 
 // abort makes the close of s a reset.
@@ -126,9 +140,15 @@ func (c *conn) deliver(f *flow, to *socket) int {
 	if f.stuck() {
 		return len(f.out) + f.inPipe + unsent(to.fd)
 	}
-	if c.lastWords && (f == &c.up) == c.report.byBackend && !f.closed {
+	held := f.held(to)
+	if c.lastWords && (f == &c.up) == c.report.byBackend && !f.closed && c.lastSaid(f, to) && held == 0 {
 		f.closed = true
 		_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
 	}
-	return unsent(to.fd)
+	return held + unsent(to.fd)
+}
+
+// lastSaid says whether the alert that ends the connection, if there's one, is on its way.
+func (c *conn) lastSaid(f *flow, to *socket) bool {
+	return c.report.alertSent <= 0 || to.tls == nil || c.say(f, to, record.Alert(c.report.alertSent))
 }

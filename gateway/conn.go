@@ -59,11 +59,14 @@ type socket struct {
 	tls      *session   // nil: the stream is carried as it is
 }
 
-// session is what is left of TLS once the handshake is done: the reading half and the writing half.
+// session is what is left of TLS once the handshake is done: the reading half and the writing half. What the kernel
+// carries they do not open or seal any more; they count, judge and make the next keys.
 type session struct {
 	reader record.Reader
 	writer record.Writer
-	asked  bool // for new keys by the peer, and not answered yet
+	asked  bool    // for new keys by the peer, and not answered yet
+	rx, tx carrier // who opens and who seals
+	debt   int64   // what Sent says is more by this than the flow's bytes and the kernel's records make (held)
 
 	tickets *encrypter // of a fresh connection to a backend: takes the tickets that come before data
 }
@@ -90,7 +93,7 @@ type flow struct {
 	cutShort bool  // the source spoke TLS and ended its stream without a close_notify
 	notified bool  // a close_notify was sent to the destination
 	closed   bool  // the end was passed on to the destination
-	run      int32 // bytes spliced since the source was drained last
+	run      int32 // bytes carried since the source was drained last (splice), or was quiet (see streamed)
 	at       int64 // when the flow moved last, in loop nanoseconds
 	moved    int64 // bytes, as the application counts them
 }
@@ -144,7 +147,7 @@ func (c *conn) ready(s *socket, events uint32) {
 	}
 	s.exact = s.exact || events&unix.EPOLLPRI != 0
 	if events&unix.EPOLLERR != 0 && s.failed == 0 && (s == &c.client || c.stage != connecting) {
-		s.failed = takeError(s.fd) // 0 when a system call has taken it already
+		c.faulty(s)
 	}
 	if c.stage == relaying && max(c.up.batch, c.down.batch) >= streaming {
 		c.loop.putOff(c)

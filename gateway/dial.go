@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/ktls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -224,6 +225,7 @@ type route struct {
 	label   string // file:line
 	profile *profile
 	proxy   natmap.ProxyVersion
+	kernel  *ktls.Support // what may go to the kernel; nil: nothing
 
 	encryption *encryption // nil: no backend is a tls:// one
 

@@ -300,6 +300,7 @@ func (h *encrypter) done() {
 
 func (h *encrypter) handOver(c *conn) {
 	c.backend.tls = h.session
+	c.report.halves += 2
 	if rest := h.wire.rest(); len(rest) > 0 {
 		c.down.carry = append(c.loop.lend(len(rest)), rest...)
 	}

@@ -14,6 +14,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -716,7 +717,10 @@ func TestKeyUpdatesAmidStreams(t *testing.T) {
 // TestAThousandConversations of random sizes, cut at random, with KeyUpdates at random, ended one way or another: nothing
 // is lost, nothing is made up, and each end is carried over.
 func TestAThousandConversations(t *testing.T) {
-	const conversations, atOnce = 1000, 12
+	conversations, atOnce := 1000, 12
+	if os.Getenv("KTLS_EAGER") != "" {
+		conversations = 250 // an emulated machine takes 40 ms for each
+	}
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	x := newCrossing(t)
@@ -811,7 +815,8 @@ func (r *rekeying) Write(b []byte) (n int, err error) {
 		m := min(1+rand.IntN(1<<rand.IntN(15)), len(b)-n)
 		out = append(out, r.data(b[n:n+m])...)
 		if n += m; rand.IntN(8) == 0 && m > 2000 { // not so many that it's a storm
-			out = append(out, r.update(rand.IntN(2) == 0)...)
+			// Before Linux 6.14 the kernel can't answer a request.
+			out = append(out, r.update(rand.IntN(2) == 0 && os.Getenv("KTLS_EAGER") == "")...)
 		}
 	}
 	_, err = r.TCPConn.Write(out)

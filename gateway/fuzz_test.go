@@ -240,8 +240,14 @@ func keysFor(t *testing.T, suite uint16) (up, down record.Keys) {
 	var err error
 	if suite>>8 != 0x13 {
 		up, down, err = record.KeyBlock(suite, make([]byte, 48), make([]byte, 32), make([]byte, 32))
-	} else if up, err = record.TrafficKeys(suite, bytes.Repeat([]byte{1}, 32)); err == nil {
-		down, err = record.TrafficKeys(suite, bytes.Repeat([]byte{2}, 32))
+	} else {
+		size := 32
+		if suite == tls.TLS_AES_256_GCM_SHA384 {
+			size = 48
+		}
+		if up, err = record.TrafficKeys(suite, bytes.Repeat([]byte{1}, size)); err == nil {
+			down, err = record.TrafficKeys(suite, bytes.Repeat([]byte{2}, size))
+		}
 	}
 	if err != nil {
 		t.Fatal(err)

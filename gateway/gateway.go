@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/ktls"
 )
 
 // Gateway is a running gateway.
@@ -40,6 +41,7 @@ type Gateway struct {
 	loops    []*loop
 	tickets  ticketKeeper
 	demo     *demo
+	kernel   *ktls.Support // nil when nobody may use it
 
 	generations atomic.Uint64
 	current     atomic.Pointer[generation]
@@ -63,6 +65,9 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 	}
 	g := &Gateway{settings: c.Settings, started: time.Now(), failed: make(chan error, 1), tickets: ticketKeeper{keys: keys}}
 	g.demo = newDemo()
+	if c.Settings.KTLS != "off" {
+		g.kernel = probeKernel()
+	}
 	g.idBase = newIDBase()
 	g.loops = make([]*loop, c.Settings.Loops)
 	for i := range g.loops {
@@ -112,6 +117,9 @@ func (g *Gateway) Start() error {
 	if err := g.listen(gen); err != nil {
 		cancel()
 		return err
+	}
+	if g.kernel != nil {
+		g.log.Info("kernel TLS", zap.Stringer("ktls", g.kernel))
 	}
 	for _, l := range g.loops {
 		go l.run()

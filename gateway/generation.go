@@ -67,6 +67,9 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 		r.linger = fallback(rule.Options.Linger, g.settings.LingerTimeout)
 		r.lifetime = fallback(rule.Options.Lifetime, 0)
 		r.profile = g.profileFor(gen, last, rule)
+		if g.settings.KTLS != "off" && rule.Options.KTLS != natmap.KTLSOff {
+			r.kernel = g.kernel
+		}
 		if encrypts(rule) {
 			r.encryption = g.newEncryption(c, rule)
 		}

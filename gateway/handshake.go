@@ -412,6 +412,7 @@ func (h *handshaker) done() {
 		c.handshakeFailed(err)
 	default:
 		c.client.tls = sess
+		c.report.halves += 2
 		if len(rest) > 0 {
 			c.up.carry = append(l.lend(len(rest)), rest...)
 		}

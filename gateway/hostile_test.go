@@ -17,6 +17,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -386,9 +387,14 @@ var violations = map[string]violation{
 	}, record.AlertBadRecordMAC, false},
 	"too long": {0, func(*penman) []byte { return append([]byte{23, 3, 3, 0x41, 0x19}, make([]byte, 99)...) },
 		record.AlertRecordOverflow, false},
-	"too short":          {0, func(*penman) []byte { return []byte{23, 3, 3, 0, 3, 1, 2, 3} }, record.AlertBadRecordMAC, false},
-	"change_cipher_spec": {0, func(*penman) []byte { return []byte{20, 3, 3, 0, 1, 1} }, record.AlertUnexpectedMessage, false},
-	"plain HTTP":         {0, func(*penman) []byte { return []byte("GET / HTTP/1.1\r\n\r\n") }, record.AlertProtocolVersion, false},
+	// The kernel judges a header once 13 bytes are there, so more follows.
+	"too short": {0, func(p *penman) []byte {
+		return append([]byte{23, 3, 3, 0, 3, 1, 2, 3}, p.data([]byte("behind it"))...)
+	}, record.AlertBadRecordMAC, false},
+	"change_cipher_spec": {0, func(p *penman) []byte {
+		return append([]byte{20, 3, 3, 0, 1, 1}, p.data([]byte("behind it"))...)
+	}, record.AlertUnexpectedMessage, false},
+	"plain HTTP": {0, func(*penman) []byte { return []byte("GET / HTTP/1.1\r\n\r\n") }, record.AlertProtocolVersion, false},
 	"empty records": {0, func(p *penman) (all []byte) {
 		for range 20 {
 			all = append(all, p.data(nil)...)
@@ -462,6 +468,9 @@ func violate(t *testing.T, b *bed, p *penman, got *testimony, v violation, toget
 	want := ""
 	if v.alert != 0 {
 		want = v.alert.String()
+	}
+	if os.Getenv("KTLS_EAGER") != "" && p.version == tls.VersionTLS12 && strings.Contains(t.Name(), "change_cipher_spec") {
+		want = "bad_record_mac" // the kernel opens a record of any type before it looks at that
 	}
 	if alert != want || len(data) != 0 || err != io.EOF {
 		t.Errorf("the client saw the alert %q and %v (%d bytes), want %q and the end", alert, err, len(data), want)

@@ -25,6 +25,7 @@ const (
 	NoBackend                        // no backend to try: none configured is usable
 	ConnectFailed                    // every backend was tried in vain
 	TLSError                         // the client or the backend broke the record protocol after the handshake
+	RekeyFailed                      // its keys had to change, and the kernel that carried it could not
 	Internal                         // tlsnat's own fault
 	outcomes
 )
@@ -32,7 +33,7 @@ const (
 var outcomeNames = [outcomes]string{
 	"ok", "client_reset", "backend_reset", "idle", "lifetime", "drained", "bad_proxy", "bad_hello", "hello_timeout",
 	"unknown_name", "denied", "limited", "handshake_failed", "client_cert_refused", "no_backend", "connect_failed",
-	"tls_error", "internal",
+	"tls_error", "rekey_failed", "internal",
 }
 
 func (o Outcome) String() string { return outcomeNames[o] }

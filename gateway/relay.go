@@ -23,6 +23,8 @@ func (c *conn) relay() stage {
 	if c.client.failed != 0 && !c.up.ended {
 		c.pump(&c.up, &c.client, &c.backend) // down has just found out; what the client sent before is delivered
 	}
+	c.mend(&c.client)
+	c.mend(&c.backend)
 	switch {
 	case c.report.told:
 		return c.violated()
@@ -30,7 +32,7 @@ func (c *conn) relay() stage {
 		return c.startReset(ClientReset, c.client.failed.Error())
 	case c.down.cut(&c.backend, &c.client):
 		return c.startReset(BackendReset, c.backendEnd())
-	case c.up.closed && c.down.closed:
+	case c.up.closed && c.down.closed && !c.client.clogged() && !c.backend.clogged():
 		return c.finish(OK, c.backendEnd())
 	}
 	// What a peer sends behind its close_notify is ignored (RFC 8446, section 6.1). It is read all the same: that is
@@ -40,6 +42,9 @@ func (c *conn) relay() stage {
 	}
 	if c.down.ended && c.backend.tls != nil && c.backend.readable {
 		c.skim(&c.backend)
+	}
+	if c.settling() {
+		c.setDeadline(int64(deliveryCheck))
 	}
 	return relaying
 }
@@ -88,9 +93,16 @@ func (c *conn) pump(f *flow, from, to *socket) {
 			c.loop.putOff(c)
 			return
 		}
+		sealing := to.kernelSeals()
+		if sealing && !c.keysServe(f, from, to) {
+			return
+		}
 		n := c.move(f, from, to)
 		if n > 0 {
 			c.touch()
+			if sealing {
+				to.tls.writer.Carried(n/maxPlain + 1)
+			}
 		}
 		turn -= max(n, 1)
 	}
@@ -99,14 +111,17 @@ func (c *conn) pump(f *flow, from, to *socket) {
 // move carries bytes once, in the way that suits the two halves. It returns how many it read. It takes note of the
 // end of the source, of a source that is drained, and of a destination that is full.
 func (c *conn) move(f *flow, from, to *socket) int {
+	if f.run >= kernelWorth {
+		c.considerKernel(f, from, to)
+	}
 	switch {
-	case from.tls != nil && to.tls != nil:
+	case from.opens() && to.seals():
 		return c.reencrypt(f, from, to)
-	case from.tls != nil:
+	case from.opens():
 		return c.open(f, from, to)
-	case to.tls != nil:
+	case to.seals():
 		return c.seal(f, from, to)
-	case f.splice:
+	case f.splice || from.kernelOpens():
 		return c.spliceOver(f, from, to)
 	}
 	return c.copyOver(f, from, to)
@@ -124,7 +139,7 @@ func (c *conn) touch() {
 // wholeRecordWaits says whether the source left a record behind that can be opened without reading more: what came
 // in the same segment as the client's Finished.
 func (c *conn) wholeRecordWaits(f *flow, from *socket) bool {
-	return len(f.carry) > 0 && from.tls != nil && from.tls.reader.Need(f.carry) <= len(f.carry)
+	return len(f.carry) > 0 && from.opens() && from.tls.reader.Need(f.carry) <= len(f.carry)
 }
 
 // flush writes what the destination would not take before. It says whether nothing is left.
@@ -132,8 +147,11 @@ func (c *conn) flush(f *flow, to *socket) bool {
 	if !to.writable {
 		return false
 	}
-	if f.inPipe > 0 {
-		return c.drainPipe(f, to)
+	if f.inPipe > 0 && !c.drainPipe(f, to) {
+		return false
+	}
+	if len(f.out) == 0 { // what came by the pipe came before it
+		return true
 	}
 	n := c.write(to, f.out)
 	if n > 0 {
@@ -223,29 +241,29 @@ func (c *conn) passEnd(f *flow, to *socket) {
 	if f.closed || f.reset || c.report.told { // a violation: it must not look like the end
 		return
 	}
-	if to.tls != nil && !f.notified && !f.cutShort {
-		f.notified = true
-		if c.sayEnd(f, to); f.stuck() {
-			return // the FIN follows once the close_notify has gone
-		}
+	if to.tls != nil && (!f.cutShort && !c.sayEnd(f, to) || f.stuck() || f.held(to) > 0) {
+		return // the FIN follows once the close_notify has gone
 	}
 	f.closed = true
-	if c.other(f).closed && to.hup && !to.readable {
+	if c.other(f).closed && to.hup && !to.readable && !to.kernelOpens() {
 		return // both streams are over, and nothing is left unread: closing the socket sends the FIN
 	}
 	_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
 	c.setDeadline(int64(c.route.linger))
 }
 
-// sayEnd sends a close_notify, in one segment with the FIN that follows it.
-func (c *conn) sayEnd(f *flow, to *socket) {
-	b := to.tls.writer.AppendAlert(nil, record.AlertCloseNotify)
-	if len(b) == 0 {
-		return
+// sayEnd sends a close_notify, in one segment with the FIN that follows it. It says whether it's on its way.
+func (c *conn) sayEnd(f *flow, to *socket) bool {
+	if f.notified || to.kernelSeals() {
+		return c.say(f, to, record.AlertCloseNotify)
 	}
-	n, e := sysSendMore(to.fd, b)
-	n = to.wrote(n, len(b), e)
-	f.hold(c.loop, b[n:])
+	f.notified = true
+	b := to.tls.writer.AppendAlert(nil, record.AlertCloseNotify)
+	if len(b) > 0 {
+		n, e := sysSendMore(to.fd, b)
+		f.hold(c.loop, b[to.wrote(n, len(b), e):])
+	}
+	return true
 }
 
 // send writes b behind what is on its way to the socket already, and keeps what it would not take.
@@ -266,7 +284,7 @@ func (c *conn) sayGoodbye() {
 		s *socket
 	}{{&c.up, &c.backend}, {&c.down, &c.client}} {
 		if d.s.tls != nil && !d.f.closed && !d.f.cutShort {
-			c.write(d.s, d.s.tls.writer.AppendAlert(nil, record.AlertCloseNotify))
+			c.say(d.f, d.s, record.AlertCloseNotify)
 		}
 		_ = unix.Shutdown(int(d.s.fd), unix.SHUT_WR)
 	}

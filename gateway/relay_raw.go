@@ -42,6 +42,9 @@ func (c *conn) spliceOver(f *flow, from, to *socket) int {
 	}
 	want := (int(f.batch) + 1) * spliceStep
 	n, e := sysSplice(from.fd, p.w, want)
+	if from.kernelOpens() {
+		return c.spliceOpened(f, from, to, p, want, n, e)
+	}
 	if n = f.got(from, n, n, e); n == 0 {
 		c.loop.pipes.giveBack(p)
 		f.splice = f.run >= spliceWorth
@@ -56,6 +59,36 @@ func (c *conn) spliceOver(f *flow, from, to *socket) int {
 	c.drainPipe(f, to)
 	f.adapt(n == want)
 	return n
+}
+
+// spliceOpened goes on where splice has brought n bytes, or e, from a half that the kernel opens. That brings one record
+// a call, so several fill the pipe before it's drained; and once there is something in it, EAGAIN may be about the pipe.
+func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e unix.Errno) int {
+	total := 0
+	for e == 0 && n > 0 {
+		if total += n; total >= want {
+			break
+		}
+		n, e = sysSplice(from.fd, p.w, want-total)
+	}
+	if total == 0 {
+		c.loop.pipes.giveBack(p)
+		if e == unix.EAGAIN {
+			return f.got(from, 0, 0, e)
+		}
+		return c.hear(f, from, to, e)
+	}
+	from.tls.reader.Carried(total)
+	c.loop.counters.spliced.Add(uint64(total))
+	c.report.spliced = true
+	c.carried(f, total)
+	f.pipe, f.inPipe = p, total
+	c.drainPipe(f, to)
+	f.adapt(total >= want)
+	if e != 0 && e != unix.EAGAIN { // some are said only once
+		total += c.hear(f, from, to, e)
+	}
+	return total
 }
 
 // drainPipe moves what is in the flow's pipe to the destination. It says whether the pipe is empty, which is then

@@ -49,6 +49,9 @@ func (c *conn) seal(f *flow, from, to *socket) int {
 	pre := w.Prefix()
 	stride := pre + size + w.Suffix()
 	n, e := l.readSlots(from.fd, pre, size, stride, slots)
+	if e == unix.EIO && from.kernelOpens() || unopenable(e) && from.kernelOpens() {
+		return c.hear(f, from, to, e)
+	}
 	n = f.got(from, n, slots*size, e)
 	if n == 0 {
 		return 0
@@ -65,6 +68,7 @@ func (c *conn) seal(f *flow, from, to *socket) int {
 	c.send(f, to, l.scratch[:end])
 	if size == maxPlain {
 		f.adapt(n == slots*size)
+		f.streamed(n)
 	}
 	return n
 }
@@ -72,7 +76,7 @@ func (c *conn) seal(f *flow, from, to *socket) int {
 // recordSize says how large the next records are, and how many a call may bring.
 func (f *flow) recordSize(now int64) (size, slots int) {
 	if now-f.at > freshAfter {
-		f.small, f.batch = smallFlight, 0
+		f.small, f.batch, f.run = smallFlight, 0, 0
 	}
 	if f.small > 0 {
 		return smallRecord, int(f.small)
@@ -120,13 +124,20 @@ func (c *conn) open(f *flow, from, to *socket) int {
 // readRecords reads into room, behind what was left of the records before. It says whether as much came as was asked
 // for. An end that comes now is one without a close_notify, unless that is among the records.
 func (c *conn) readRecords(f *flow, from *socket, room []byte) (b []byte, filled bool) {
+	if c.loop.now-f.at > freshAfter && from.tls.rx != landing {
+		f.run = 0
+	}
+	f.at = c.loop.now
 	have := copy(room, f.carry)
-	n, want := 0, 0
-	if from.readable {
-		want = min((int(f.batch)+1)*slotSize, len(room)-have)
+	n := 0
+	want := c.wanted(f, from, len(room)-have)
+	if from.readable && want > 0 {
 		m, e := sysRead(from.fd, room[have:have+want])
 		n = f.got(from, m, want, e)
 		f.cutShort = f.ended && !f.reset
+	}
+	if from.tls.rx != landing {
+		f.streamed(n)
 	}
 	return room[:have+n], n == want && n > 0
 }
@@ -142,6 +153,15 @@ func (c *conn) keepRest(f *flow, from, to *socket, rest []byte) {
 	case from == &c.backend && to.tls == nil:
 		f.reset = true
 	}
+}
+
+// wanted is how many bytes the next read asks for: what there's room for while the flow streams, and when the kernel is
+// to go on behind the next record, exactly the rest of that, header first.
+func (c *conn) wanted(f *flow, from *socket, room int) int {
+	if from.tls.rx == landing {
+		return from.tls.reader.Need(f.carry) - len(f.carry)
+	}
+	return min((int(f.batch)+1)*slotSize, room)
 }
 
 // openAll opens the records of b and sends their data on, with one call. It returns how many bytes of b are done with.
@@ -275,6 +295,10 @@ func (c *conn) renewKeys(f *flow, to *socket) {
 	if f.stuck() || !s.asked && !s.writer.UpdateDue() {
 		return
 	}
+	if to.kernelSeals() {
+		c.renewInKernel(f, to)
+		return
+	}
 	s.asked = false
 	c.send(f, to, s.writer.AppendKeyUpdate(nil, false))
 }
@@ -310,7 +334,7 @@ func (c *conn) violation(from *socket, err error) {
 	}
 	if e, ok := errors.AsType[*record.Error](err); ok {
 		c.report.alertSent = int16(e.Alert)
-		c.send(back, from, from.tls.writer.AppendAlert(nil, e.Alert))
+		c.say(back, from, e.Alert)
 	}
 }
 

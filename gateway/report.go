@@ -39,7 +39,9 @@ type report struct {
 	local      bool // a load balancer's own connection (PROXY LOCAL)
 	probe      bool // came and left without a byte
 	spliced    bool
-	byBackend  bool // the alerts are those of the backend's connection
+	halves     uint8 // reading and writing halves that speak TLS,
+	inKernel   uint8 // and how many of them the kernel carried in the end
+	byBackend  bool  // the alerts are those of the backend's connection
 
 	backendVersion uint16 // of TLS; 0: it is spoken to in plain TCP
 	backendCipher  uint16
@@ -99,6 +101,10 @@ func (r *report) cipherName() string { return tls.CipherSuiteName(r.cipher) }
 // path says how the bytes moved.
 func (r *report) path() string {
 	switch {
+	case r.inKernel > 0 && r.inKernel == r.halves:
+		return "ktls"
+	case r.inKernel > 0:
+		return "ktls+user"
 	case r.version != 0, r.backendVersion != 0:
 		return "user"
 	case r.spliced:
@@ -217,8 +223,10 @@ func (l *loop) log(c *conn) {
 type counters struct {
 	accepted, probes, bytesUp, bytesDown, spliced, acceptRests atomic.Uint64
 
-	slowRounds   atomic.Uint64
-	longestRound atomic.Int64 // nanoseconds
+	slowRounds         atomic.Uint64
+	longestRound       atomic.Int64  // nanoseconds
+	kernelTX, kernelRX atomic.Uint64 // halves that went to the kernel
+	fallbacks          [hindrances]atomic.Uint64
 
 	outcomes   [outcomes]atomic.Uint64
 	handshakes [tlsVersions][tlsGroups][2]atomic.Uint64 // the last index is 1 for resumed ones

@@ -40,6 +40,7 @@ type Settings struct {
 	Handshakes int            `env:"HANDSHAKES" envDefault:"1024" doc:"TLS handshakes at once that wait for the client's next message. As many hellos again wait for their turn; beyond that the oldest is shed. As many again may be under way with tls:// backends."`
 	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
 	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken, with clients and with tls:// backends: 1.2 or 1.3."`
+	KTLS       string         `env:"KTLS" envDefault:"auto" doc:"auto: the kernel opens and seals TLS for connections that stream, where it can; off: never."`
 
 	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"From accept until the ClientHello is there (a PROXY header included), and again until the handshake is done."`
 	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"To reach a backend, all that are tried together, and to shake hands with a tls:// one."`
@@ -227,6 +228,7 @@ func (s *Settings) check() []error {
 	}
 	oneOf("LOG_LEVEL", s.LogLevel, "debug", "info", "warn", "error")
 	oneOf("LOG_FORMAT", s.LogFormat, "json", "console")
+	oneOf("KTLS", s.KTLS, "auto", "off")
 	oneOf("MIN_TLS", s.MinTLS, "1.2", "1.3")
 	oneOf("WATCH", s.Watch, "on", "off")
 	longer := func(key string, d time.Duration) {

@@ -25,6 +25,7 @@ type Status struct {
 	Connections ConnectionCounts `json:"connections"`
 	Bytes       ByteCounts       `json:"bytes"`
 	Handshakes  HandshakeCounts  `json:"handshakes"`
+	Kernel      KernelCounts     `json:"ktls"`
 
 	AcceptPauses uint64   `json:"accept_pauses"` // out of descriptors or memory
 	LinesDropped uint64   `json:"log_lines_dropped"`
@@ -67,6 +68,14 @@ type ByteCounts struct {
 	Up      uint64 `json:"up"` // client to backend
 	Down    uint64 `json:"down"`
 	Spliced uint64 `json:"spliced"` // of both: those that never came to user space
+}
+
+// KernelCounts are halves of connections that streamed, a direction of TLS each: those that went to the kernel, and
+// those that stayed in user space, by why.
+type KernelCounts struct {
+	TX        uint64            `json:"tx"` // what is sent, sealed by the kernel
+	RX        uint64            `json:"rx"` // what is received, opened by the kernel
+	Fallbacks map[string]uint64 `json:"fallbacks"`
 }
 
 // HandshakeCounts are those that were finished, by what was agreed on, and those that wait.
@@ -161,6 +170,12 @@ func (g *Gateway) sum(s *Status) {
 	s.Bytes.Down = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesDown })
 	s.Bytes.Spliced = g.total(func(n *counters) *atomic.Uint64 { return &n.spliced })
 	s.AcceptPauses = g.total(func(n *counters) *atomic.Uint64 { return &n.acceptRests })
+	s.Kernel.TX = g.total(func(n *counters) *atomic.Uint64 { return &n.kernelTX })
+	s.Kernel.RX = g.total(func(n *counters) *atomic.Uint64 { return &n.kernelRX })
+	s.Kernel.Fallbacks = make(map[string]uint64, hindrances)
+	for f := range hindrances {
+		s.Kernel.Fallbacks[f.String()] = g.total(func(n *counters) *atomic.Uint64 { return &n.fallbacks[f] })
+	}
 	g.sumHandshakes(&s.Handshakes)
 }
 

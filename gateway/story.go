@@ -125,6 +125,8 @@ func (c *conn) due() {
 func (c *conn) idle() {
 	quiet, limit := c.loop.now-c.active, c.silence()
 	switch {
+	case c.settling() && quiet < limit:
+		c.advance()
 	case quiet >= limit:
 		c.cut(Idle, "nothing moved for "+time.Duration(limit).String())
 	case quiet >= int64(parkAfter):
@@ -162,7 +164,8 @@ func (c *conn) cut(o Outcome, why string) {
 	case waitingEncryption:
 		c.loop.encryptQueue.remove(c)
 	}
-	quiet := (o == Idle || c.loop.now-c.active > int64(time.Second)) && !c.up.stuck() && !c.down.stuck()
+	quiet := (o == Idle || c.loop.now-c.active > int64(time.Second)) && !c.up.stuck() && !c.down.stuck() &&
+		c.up.held(&c.backend) == 0 && c.down.held(&c.client) == 0
 	if c.stage == relaying && quiet {
 		c.sayGoodbye()
 	} else {

@@ -105,7 +105,7 @@ func (b *bed) stop(t testing.TB) {
 
 // outcomes is the closed list of how a connection ends.
 var outcomes = strings.Fields(`ok client_reset backend_reset idle lifetime drained bad_proxy bad_hello hello_timeout
-	unknown_name denied limited handshake_failed client_cert_refused no_backend connect_failed tls_error internal`)
+	unknown_name denied limited handshake_failed client_cert_refused no_backend connect_failed tls_error rekey_failed internal`)
 
 // audit holds the log against what was accepted: a line for each connection, with an outcome of the closed list, and
 // none that is the gateway's own fault.

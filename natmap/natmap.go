@@ -202,6 +202,19 @@ var proxyWords = []string{"off", "v1", "v2"}
 // String returns the value of proxy=.
 func (v ProxyVersion) String() string { return word(proxyWords, int(v)) }
 
+// KTLS says whether the kernel may open and seal a rule's TLS.
+type KTLS uint8
+
+const (
+	KTLSAuto KTLS = iota // where it can, and where it pays
+	KTLSOff
+)
+
+var ktlsWords = []string{"auto", "off"}
+
+// String returns the value of ktls=.
+func (k KTLS) String() string { return word(ktlsWords, int(k)) }
+
 func word(words []string, i int) string {
 	if i < len(words) {
 		return words[i]
@@ -226,7 +239,8 @@ type Options struct {
 	MinTLS    uint16   // 0x0303 or 0x0304, as in RFC 8446 section 4.2.1
 	ALPN      []string // protocols offered, preferred first (RFC 7301)
 	Cert      string   // name of the certificate for a client that sends none
-	HTTPSPort uint16   // where redirect sends to
+	KTLS      KTLS
+	HTTPSPort uint16 // where redirect sends to
 
 	BackendCA         string // name of the CAs that tls:// backends are verified against; "": the system's
 	BackendName       string // what they are asked for and verified as; "": their host; NameOfClient: what the client asked for

@@ -85,6 +85,13 @@ var options = []option{
 		show: func(o *Options) string { return o.Cert },
 	},
 	{
+		key: "ktls", value: "auto|off", uses: terminate | tcp | demo,
+		help: "auto: the kernel opens and seals TLS for connections that stream, where it can; off: never (default auto)",
+		set: enum(ktlsWords, map[string]string{"on": "auto", "yes": "auto", "no": "off"},
+			func(o *Options) *KTLS { return &o.KTLS }),
+		show: func(o *Options) string { return o.KTLS.String() },
+	},
+	{
 		key: "https-port", value: "PORT", uses: redirect,
 		help: "port that redirect sends the client to (default 443)",
 		set:  func(p *parser, o *Options, v token) { o.HTTPSPort, _ = p.port(v) },

@@ -540,7 +540,7 @@ func (e *explanation) option(key string) (value, from string) {
 
 // An option that neither the rule nor a default line sets is a setting, or built in.
 var (
-	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS"}
+	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS", "ktls": "KTLS"}
 	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
 		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on"}
 )

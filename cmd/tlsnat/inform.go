@@ -121,7 +121,7 @@ func (p *program) version(args []string) int {
 	fmt.Fprintf(w, "go\t%s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH)
 	fmt.Fprintf(w, "AES-GCM\t%s\n", aesGCM())
 	fmt.Fprintf(w, "kernel\t%s\n", kernel())
-	fmt.Fprintf(w, "kTLS\t%s\n", kernelTLS())
+	fmt.Fprintf(w, "kTLS\t%s\n", gateway.KernelTLS())
 	fmt.Fprintf(w, "splice\t%s\n", splice())
 	fmt.Fprintf(w, "backlog\t%s (net.core.somaxconn)\n", sysctl("net/core/somaxconn"))
 	fmt.Fprintf(w, "pipes\t%s bytes (fs.pipe-max-size)\n", sysctl("fs/pipe-max-size"))
@@ -172,17 +172,6 @@ func sysctl(name string) string {
 		return "not to be read"
 	}
 	return strings.TrimSpace(string(b))
-}
-
-// kernelTLS says whether the kernel has it in store. The module comes when it is asked for, where modules are loaded.
-func kernelTLS() string {
-	offered := sysctl("net/ipv4/tcp_available_ulp")
-	for protocol := range strings.FieldsSeq(offered) {
-		if protocol == "tls" {
-			return "found; this version doesn't use it"
-		}
-	}
-	return "not found (net.ipv4.tcp_available_ulp: " + offered + "); this version doesn't use it"
 }
 
 // splice tries it, with one byte from a socket to a pipe.

@@ -27,6 +27,9 @@ func (p *program) run(args []string) int {
 		p.complain(problems)
 		return exitInput
 	}
+	// A log collector that ends must not take the gateway with it. Without this the runtime ends a process that
+	// writes to a closed pipe on its standard output or error.
+	signal.Ignore(syscall.SIGPIPE)
 	e, err := p.open(config)
 	if err != nil {
 		return p.cannot(err)
@@ -37,9 +40,6 @@ func (p *program) run(args []string) int {
 	}
 	e.hangups = make(chan os.Signal, 1) // one that comes during a reload leads to another one
 	signal.Notify(e.hangups, syscall.SIGHUP)
-	// A log collector that ends must not take the gateway with it. Without this the runtime ends a process that
-	// writes to a closed pipe on its standard output or error.
-	signal.Ignore(syscall.SIGPIPE)
 	for _, problem := range problems {
 		e.Logger().Warn(problem.Text)
 	}

@@ -494,8 +494,8 @@ func TestMetricsAreWhatPrometheusExpects(t *testing.T) {
 			t.Errorf("nothing matches %s in\n%s", pattern, ours(text))
 		}
 	}
-	if n := strings.Count(text, "tlsnat_connections_total{"); n != len(s.Connections.Outcomes) || n != 18 {
-		t.Errorf("%d outcomes in the metrics, %d in the status, 18 in the contract", n, len(s.Connections.Outcomes))
+	if n := strings.Count(text, "tlsnat_connections_total{"); n != len(s.Connections.Outcomes) || n != 19 {
+		t.Errorf("%d outcomes in the metrics, %d in the status, 19 in the contract", n, len(s.Connections.Outcomes))
 	}
 }
 
@@ -860,7 +860,7 @@ func TestNamesInTheAPIStay(t *testing.T) {
 	b := start(t)
 	b.mixed(t)
 	for what, want := range map[string]string{
-		"status":      "accept_pauses bytes certificates connections draining generation handshakes listen log_lines_dropped loops per_loop ports reloads rules started version",
+		"status":      "accept_pauses bytes certificates connections draining generation handshakes ktls listen log_lines_dropped loops per_loop ports reloads rules started version",
 		"map":         "generation rules total",
 		"conns":       "connections ended total",
 		"certs":       "certificates total",

@@ -42,6 +42,8 @@ var (
 	loopConnsDesc  = desc("loop_connections_accepted_total", "Connections accepted by each event loop.", "loop")
 	loopSlowDesc   = desc("loop_slow_rounds_total", "Rounds of each event loop that took more than 10 ms: its connections waited as long.", "loop")
 	loopLagDesc    = desc("loop_longest_round_seconds", "The longest round of each event loop since the start.", "loop")
+	ktlsDesc       = desc("ktls_halves_total", "Directions of TLS connections that streamed and went to the kernel: tx is what is sent.", "direction")
+	fallbackDesc   = desc("ktls_fallbacks_total", "Directions of TLS connections that streamed and stayed in user space, by why.", "reason")
 	certDesc       = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, of the "+strconv.Itoa(certGauges)+" that expire first.", "name", "key", "file")
 	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
 )
@@ -89,7 +91,7 @@ func number(b bool) float64 {
 
 // Describe and Collect make the Server a prometheus.Collector.
 func (s *Server) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
+	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, ktlsDesc, fallbackDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
 		to <- d
 	}
 	for i := range plainMetrics {
@@ -121,6 +123,11 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 		send(loopConnsDesc, prometheus.CounterValue, float64(l.Accepted), loop)
 		send(loopSlowDesc, prometheus.CounterValue, float64(l.SlowRounds), loop)
 		send(loopLagDesc, prometheus.GaugeValue, l.LongestRound/1000, loop)
+	}
+	send(ktlsDesc, prometheus.CounterValue, float64(status.Kernel.TX), "tx")
+	send(ktlsDesc, prometheus.CounterValue, float64(status.Kernel.RX), "rx")
+	for reason, n := range status.Kernel.Fallbacks {
+		send(fallbackDesc, prometheus.CounterValue, float64(n), reason)
 	}
 	s.collectCerts(send)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
