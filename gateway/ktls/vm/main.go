@@ -49,7 +49,7 @@ func main() {
 	eager := flag.String("eager", strings.Join(overKernelHalves, "|"), "which of the gateway's tests run a second time, over kernel halves")
 	full := flag.Bool("full", false, "64 MiB for each cipher instead of 16, all pairs of halves with each of them")
 	verbose := flag.Bool("v", false, "as for go test")
-	limit := flag.Duration("timeout", 300*time.Second, "for each machine")
+	limit := flag.Duration("timeout", 8*time.Minute, "for each machine")
 	flag.Parse()
 	size := "KTLS_FULL="
 	if *full {
