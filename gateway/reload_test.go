@@ -60,11 +60,13 @@ func (v *live) reload(t testing.TB, mapText string) gateway.Reloaded {
 	return r
 }
 
-// namedServer says its name and then sends back what it gets.
+// namedServer says its name and then sends back what it gets: without the pipes that package net would keep for so many
+// connections.
 func namedServer(t testing.TB, name string) string {
 	return serve(t, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, name)
-		echo(c)
+		_, _ = io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
+		_ = c.CloseWrite()
 	})
 }
 
