@@ -161,7 +161,7 @@ func (e *explanation) write() {
 		e.sayNoPort()
 		return
 	}
-	if e.rule = e.port.Lookup(e.question.name); e.rule == nil {
+	if e.rule = e.port.Match(e.question.name, e.question.alpn); e.rule == nil {
 		e.sayNoRule()
 		return
 	}
@@ -288,6 +288,9 @@ func statement(s *gateway.Settings, at natmap.Pos) string {
 // because says what made the choice.
 func (e *explanation) because() (why []string) {
 	r := e.rule
+	if r.Protocol != "" {
+		why = append(why, "it is for clients that offer "+r.Protocol+", which beats every rule that is not for a protocol")
+	}
 	switch {
 	case r.Plain():
 		why = append(why, "it is alone on this port: "+word(r)+" reads no ClientHello, so no name decides")
@@ -532,6 +535,9 @@ func (e *explanation) option(key string) (value, from string) {
 			return s.Value, fmt.Sprintf("the rule, %s:%d", s.Pos.File, s.Pos.Line)
 		}
 	}
+	if key == "alpn" && e.rule.Protocol != "" {
+		return e.rule.Protocol, "what the rule is for"
+	}
 	if setting := settingOf[key]; setting != "" {
 		return e.setting(setting)
 	}
@@ -542,7 +548,8 @@ func (e *explanation) option(key string) (value, from string) {
 var (
 	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS", "ktls": "KTLS"}
 	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
-		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on"}
+		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on",
+		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off"}
 )
 
 // setting is the value of a setting as its author wrote it.
