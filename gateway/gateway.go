@@ -42,6 +42,7 @@ type Gateway struct {
 	tickets  ticketKeeper
 	demo     *demo
 	kernel   *ktls.Support // nil when nobody may use it
+	house    *gatehouse
 
 	generations atomic.Uint64
 	current     atomic.Pointer[generation]
@@ -64,7 +65,7 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 		return nil, fmt.Errorf("make session ticket keys: %w", err)
 	}
 	g := &Gateway{settings: c.Settings, started: time.Now(), failed: make(chan error, 1), tickets: ticketKeeper{keys: keys}}
-	g.demo = newDemo()
+	g.demo, g.house = newDemo(), newGatehouse()
 	if c.Settings.KTLS != "off" {
 		g.kernel = probeKernel()
 	}

@@ -24,8 +24,7 @@ const (
 // certificate isn't read without its key.
 func (g *Gateway) watch(ctx context.Context) {
 	seed := maphash.MakeSeed()
-	files := g.settings.files()
-	served, before := fingerprint(seed, files), uint64(0)
+	served, before := fingerprint(seed, g.files()), uint64(0)
 	pause := watchEvery
 	for {
 		select {
@@ -34,7 +33,7 @@ func (g *Gateway) watch(ctx context.Context) {
 		case <-time.After(pause):
 		}
 		began := time.Now()
-		now := fingerprint(seed, files)
+		now := fingerprint(seed, g.files())
 		if now != served && now == before {
 			served = now // with a mistake in it, too: the next change is the next attempt
 			g.Reload()
@@ -45,8 +44,13 @@ func (g *Gateway) watch(ctx context.Context) {
 }
 
 // files are what a configuration is read from: files, and directories with all that is in them.
-func (s *Settings) files() (all []string) {
-	for _, path := range []string{s.MapFile, s.Certs, s.BackendCAs} {
+func (g *Gateway) files() (all []string) {
+	s := &g.settings
+	lists := g.current.Load().config.ListFiles()
+	if read := g.reloads.lists.Load(); read != nil {
+		lists = *read
+	}
+	for _, path := range append([]string{s.MapFile, s.Certs, s.BackendCAs}, lists...) {
 		if path != "" {
 			all = append(all, path)
 		}

@@ -112,7 +112,21 @@ func members(key, help string, field func(*Options) *[]Member) option {
 	}
 }
 
-func (p *parser) members(v token) (list []Member) {
+// members reads a list. The rules below a default line share what it says: a list is as long as a line may be.
+func (p *parser) members(v token) []Member {
+	at := p.pos(v)
+	list, ok := p.lists[at]
+	if !ok {
+		list = p.readMembers(v)
+		if p.lists == nil {
+			p.lists = map[Pos][]Member{}
+		}
+		p.lists[at] = list
+	}
+	return list
+}
+
+func (p *parser) readMembers(v token) (list []Member) {
 	switch v.text {
 	case "off":
 		return nil

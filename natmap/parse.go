@@ -78,7 +78,8 @@ type parser struct {
 	rules    []*Rule
 	defaults assignments
 	lines    []*defaultLine
-	lostMode bool // a default mode= was not understood: what depends on it is not checked
+	lists    map[Pos][]Member // of allow= and deny=, by where they stand
+	lostMode bool             // a default mode= was not understood: what depends on it is not checked
 }
 
 func (p *parser) pos(t token) Pos { return Pos{p.file, t.line, t.col} }

@@ -34,15 +34,6 @@ func (k *keys) Key(scope uint64, a netip.Addr) uint64 {
 	return mix(mix(source^k[0], k[1])^scope, k[1]^family<<32)
 }
 
-// Scope returns the number of a scope that has a name.
-func (k *keys) Scope(name string) uint64 {
-	h := k[0]
-	for i := range len(name) {
-		h = mix(h^uint64(name[i]), k[1])
-	}
-	return h
-}
-
 // mix is one step of wyhash: a product of 64 by 64 bits, folded.
 func mix(a, b uint64) uint64 {
 	hi, lo := bits.Mul64(a, b)
