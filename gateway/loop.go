@@ -30,18 +30,19 @@ type loop struct {
 	now       int64   // loop nanoseconds: since the gateway's start, read once a round
 	later     []*conn // streams, and who used up a turn: they go on when the others have been served
 
-	scratch []byte       // what a turn reads into and seals in; nothing in it outlives the turn
-	iov     []unix.Iovec // the same for vectors
-	most    int          // what a turn may read: noEnd, but for a stream with a bandwidth
-	hello   sni.Hello    // of the connection that is being matched
-	lent    lender
-	pipes   pipes
-	pacer   pacer
-	sampler sampler
-	queue   turnQueue
-	shakers shakers
-	fields  []zap.Field // of the line that is being logged
-	rounds  []uint32    // per route: how far the round-robin is
+	scratch    []byte       // what a turn reads into and seals in; nothing in it outlives the turn
+	iov        []unix.Iovec // the same for vectors
+	most       int          // what a turn may read: noEnd, but for a stream with a bandwidth
+	hello      sni.Hello    // of the connection that is being matched
+	lent       lender
+	pipes      pipes
+	refusedNow uint32 // connections that begin has turned away
+	pacer      pacer
+	sampler    sampler
+	queue      turnQueue
+	shakers    shakers
+	fields     []zap.Field // of the line that is being logged
+	rounds     []uint32    // per route: how far the round-robin is
 
 	active   atomic.Int32 // handshakes that compute right now
 	inFlight int          // handshakes begun and not finished, those that wait for the client included
@@ -204,7 +205,7 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	c.gen.open.Add(1)
 	if l.gw.open.Add(1) > l.gw.maxConns.Load() {
 		l.gw.open.Add(-1)
-		c.shut(refusedMaxConns)
+		l.turnAway(c, refusedMaxConns)
 		return
 	}
 	c.counted = true
@@ -212,7 +213,7 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	if l.gw.trusts(peer.Addr()) {
 		c.stage = readingProxy
 	} else if why := c.knock(); why != notRefused {
-		c.shut(why)
+		l.turnAway(c, why)
 		return
 	}
 	if err := l.watch(&c.client); err != nil {
@@ -223,6 +224,12 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	if c.port.plain != nil && c.stage == readingHello {
 		c.advance() // nothing to be read before this one goes on
 	}
+}
+
+// turnAway ends a connection that has not begun.
+func (l *loop) turnAway(c *conn, why refusal) {
+	l.refusedNow++
+	c.shut(why)
 }
 
 // putOff has a conn go on when those with less to do were served.
