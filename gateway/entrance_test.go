@@ -553,3 +553,59 @@ func percentile(all []time.Duration, p int) time.Duration {
 	slices.Sort(all)
 	return all[len(all)*p/100]
 }
+
+// TestReloadDoesNotCountFromZero: what an address has open stays counted, also when the limit changes and lines are added
+// above it.
+func TestReloadDoesNotCountFromZero(t *testing.T) {
+	backend := echoServer(t)
+	v := startLive(t, "default conns-per-ip=2 mode=tcp\n:{0} -> "+backend+" conns=9")
+	in := func() error {
+		_, err := echoes(t, "127.0.0.1", v.addr(0))
+		return err
+	}
+	for range 2 {
+		if err := in(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v.reload(t, "# another line\ndefault idle=1h\n\ndefault conns-per-ip=2 mode=tcp\n:{0} -> "+backend+" conns=3")
+	if in() == nil {
+		t.Error("a third one is in")
+	}
+	v.reload(t, "default conns-per-ip=4 mode=tcp\n:{0} -> "+backend+" conns=3")
+	if err := in(); err != nil {
+		t.Errorf("the third of four: %v", err)
+	}
+	if in() == nil {
+		t.Error("the line has a fourth one, of three")
+	}
+	v.refusedBy(t, map[string]uint64{"conns-per-ip": 1, "conns": 1})
+}
+
+// TestWatchSeesLists: a list that changes is read again; with a mistake in it nothing changes, until that is mended.
+func TestWatchSeesLists(t *testing.T) {
+	list := writeFile(t, "block.txt", []byte("192.0.2.0/24\n"))
+	b := start(t, ":{0} -> "+echoServer(t)+" mode=tcp deny=@"+list, "WATCH=on")
+	write := func(text string, done func(gateway.Status) bool) {
+		t.Helper()
+		if err := os.WriteFile(list, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for began := time.Now(); !done(b.gateway.Status()); time.Sleep(10 * time.Millisecond) {
+			if time.Since(began) > patience {
+				t.Fatal("the change was not noticed")
+			}
+		}
+	}
+	write("127.0.0.66\nnonsense\n", func(s gateway.Status) bool { return s.Reloads.Failed == 1 })
+	if _, err := echoes(t, "127.0.0.66", b.addr(0)); err != nil {
+		t.Errorf("a broken list has changed something: %v", err)
+	}
+	write("127.0.0.66\n", func(s gateway.Status) bool { return s.Reloads.OK == 1 })
+	if _, err := echoes(t, "127.0.0.66", b.addr(0)); err == nil {
+		t.Error("it is let in")
+	}
+	if u := b.table("prefixes"); u.Entries != 1 {
+		t.Errorf("%+v", u)
+	}
+}

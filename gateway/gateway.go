@@ -19,6 +19,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"net/netip"
 	"sync"
@@ -128,7 +129,9 @@ func (g *Gateway) Start() error {
 	g.ended.Go(func() { g.keepResolving(ctx) })
 	g.ended.Go(func() { trim(ctx) })
 	if g.settings.Watch == "on" {
-		g.ended.Go(func() { g.watch(ctx) })
+		seed := maphash.MakeSeed()
+		served := fingerprint(seed, g.files()) // now: a change after Start is noticed
+		g.ended.Go(func() { g.watch(ctx, seed, served) })
 	}
 	g.ended.Go(g.demo.serve)
 	return nil

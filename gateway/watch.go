@@ -21,11 +21,9 @@ const (
 // watch reloads when what was read is not what is there any more. It looks at files by their names, as the next reload
 // will: so it sees what editors rename, what Kubernetes swaps by a symbolic link, and files that are mounted one by
 // one or over a network, none of which inotify tells of reliably. A change counts once it has come to rest, so that a
-// certificate isn't read without its key.
-func (g *Gateway) watch(ctx context.Context) {
-	seed := maphash.MakeSeed()
-	served, before := fingerprint(seed, g.files()), uint64(0)
-	pause := watchEvery
+// certificate isn't read without its key. served is the fingerprint of what the gateway runs with.
+func (g *Gateway) watch(ctx context.Context, seed maphash.Seed, served uint64) {
+	pause, before := watchEvery, uint64(0)
 	for {
 		select {
 		case <-ctx.Done():

@@ -167,6 +167,7 @@ func (e *explanation) write() {
 	}
 	e.say("rule", fmt.Sprintf("%s:%d: %s", e.rule.Pos.File, e.rule.Pos.Line, statement(&e.config.Settings, e.rule.Pos)))
 	e.say("because", e.because()...)
+	e.sayGate()
 	e.say("does", e.does())
 	e.sayCertificates()
 	e.sayALPN()
@@ -307,6 +308,32 @@ func (e *explanation) because() (why []string) {
 		why = append(why, "it is for the address "+r.Listen.Addr.String()+", which beats a rule for every address with the same name")
 	}
 	return why
+}
+
+// sayGate says whether the client's address may come in, and which line of which list decides that.
+func (e *explanation) sayGate() {
+	set, from := e.config.Gate(e.rule), e.question.from
+	switch {
+	case set == nil:
+		return
+	case !from.IsValid():
+		e.say("gate", "not everybody may come in: write --from ADDRESS to see who may")
+		return
+	case e.config.Settings.Trusts(from):
+		e.say("gate", "decides about the client that the PROXY header names, not about "+from.String())
+		return
+	}
+	d := set.Decide(from)
+	why := "none of the prefixes holds " + from.String()
+	if d.Prefix.IsValid() {
+		why = d.Prefix.String() + " is the longest prefix that holds it, at " + d.Place
+	}
+	if d.Allow {
+		e.say("gate", "lets it in: "+why)
+		return
+	}
+	e.say("gate", "refuses it: "+why)
+	e.say("client sees", "a reset; the log has outcome denied")
 }
 
 // word is what the rule does as the map writes it.
