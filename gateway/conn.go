@@ -95,7 +95,7 @@ type flow struct {
 	cutShort bool  // the source spoke TLS and ended its stream without a close_notify
 	notified bool  // a close_notify was sent to the destination
 	closed   bool  // the end was passed on to the destination
-	waits    bool  // for its bandwidth (pacer.go)
+	pause    pause // for its bandwidth (pacer.go)
 	run      int32 // bytes carried since the source was drained last (splice), or was quiet (see streamed)
 	at       int64 // when the flow moved last, in loop nanoseconds
 	moved    int64 // bytes, as the application counts them

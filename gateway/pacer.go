@@ -27,17 +27,26 @@ type paused struct {
 	f *flow
 }
 
+// pause says whether a flow waits for its bandwidth.
+type pause uint8
+
+const (
+	noPause pause = iota
+	waiting
+	woken // it has waited, and its source had more all the time
+)
+
 // moveAtPace is move for a rule with a bandwidth: as much as there is room for, and when there's none the pacer goes on
 // later. It returns -1 then. What is read is counted, so that records, pipes and copies count alike; a piece that is
 // larger than the room (a record opens only whole) is paid for by waiting longer.
 func (c *conn) moveAtPace(f *flow, from, to *socket) int {
-	if f.waits {
+	if f.pause == waiting {
 		return -1
 	}
 	l, pace := c.loop, c.route.pace
-	room := pace.Room(&f.paid, l.now)
+	room := pace.Room(&f.paid, l.now, f.pause == woken)
 	if room == 0 {
-		f.waits = true
+		f.pause = waiting
 		l.counters.paused.Add(1)
 		l.pacer.add(paused{c, f}, pace.Due(f.paid))
 		return -1
@@ -47,6 +56,9 @@ func (c *conn) moveAtPace(f *flow, from, to *socket) int {
 	n := c.move(f, from, to)
 	l.most = noEnd
 	pace.Spend(&f.paid, int(f.moved-before))
+	if !from.readable {
+		f.pause = noPause
+	}
 	return n
 }
 
@@ -69,7 +81,7 @@ func (p *pacer) fire(now int64) {
 		for i, w := range *slot {
 			(*slot)[i] = paused{}
 			p.n--
-			w.f.waits = false
+			w.f.pause = woken
 			if w.c.stage == relaying {
 				w.c.advance()
 			}

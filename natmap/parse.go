@@ -262,7 +262,9 @@ func (p *parser) keep(d *draft, names []string) {
 		if k := kindOf(d.Action, d.Options.Mode); k == terminate || k == demo {
 			d.Options.ALPN = []string{d.Protocol} // what the client is there for is what is agreed on
 		}
-		p.keepNames(d, names, t)
+		if p.keepNames(d, names, t); p.full {
+			return
+		}
 	}
 	if d.alpn == 0 {
 		p.keepNames(d, names, d.left[0])

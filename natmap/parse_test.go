@@ -179,6 +179,11 @@ func TestUnreadableBytes(t *testing.T) {
 }
 
 func TestHostileTextIsBounded(t *testing.T) {
+	var protocols, names strings.Builder
+	for i := range 5000 {
+		fmt.Fprintf(&protocols, "alpn:p%d ", i)
+		fmt.Fprintf(&names, "n%d ", i)
+	}
 	for name, text := range map[string]string{
 		"errors":  strings.Repeat("x\n", 1<<20),
 		"names":   strings.Repeat(":1 "+strings.Repeat("a ", 60000)+"-> b:1\n", 20),
@@ -186,6 +191,8 @@ func TestHostileTextIsBounded(t *testing.T) {
 		"dots":    ":1 " + strings.Repeat(".", MaxLine-20) + " -> b:1",
 		"option":  ":1 -> b:1 " + strings.Repeat("k", MaxLine-20) + "=1",
 		"alpn":    ":1 -> b:1 alpn=" + strings.Repeat("a,", 60000),
+		"routes":  ":1 " + protocols.String() + names.String() + "-> b:1", // 25 million rules
+		"members": ":1 -> b:1 deny=" + strings.Repeat("1,", 60000),
 		"slashes": ":1 -> b:1" + strings.Repeat("/", MaxLine-20),
 		"path":    ":1 -> unix:/" + strings.Repeat("/backup", 10000),
 		"ports":   strings.Repeat(":1-65535 -> b:=; 10.0.0.1:1-65535 -> b:=; 10.0.0.2:1-65535 -> b:=; 10.0.0.3:1-65535 -> b:=; 10.0.0.4:1-65535 -> b:=\n", 1),

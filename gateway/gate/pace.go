@@ -9,9 +9,11 @@ import "time"
 type Pace int64
 
 const (
-	// A stream that was quiet may catch up on this much: a loop that comes late to wake it must not slow it down, and a
-	// burst must not show: it is 3 % of what flows in three seconds.
+	// A stream that was quiet may catch up on this much: a burst must not show. It is 3 % of what flows in three seconds.
 	window = int64(100 * time.Millisecond)
+	// One that was waiting all the time may catch up on more: a machine that is busy and wakes it late must not slow it
+	// down.
+	lateness = int64(time.Second)
 	// It is not woken for less than it may carry in this time, sixty times a second,
 	quantum = int64(16 * time.Millisecond)
 	// nor for less than a segment (Ethernet's MSS).
@@ -19,9 +21,14 @@ const (
 )
 
 // Room returns how many bytes may move at now. While something may move it is a segment at least: what that is too
-// much is paid for by waiting longer.
-func (p Pace) Room(paid *int64, now int64) int {
-	*paid = max(*paid, now-window)
+// much is paid for by waiting longer. waited says whether the stream has had more to move ever since its room was used
+// up last.
+func (p Pace) Room(paid *int64, now int64, waited bool) int {
+	if waited {
+		*paid = max(*paid, now-lateness)
+	} else {
+		*paid = max(*paid, now-window)
+	}
 	if *paid >= now {
 		return 0
 	}
