@@ -26,6 +26,7 @@ type Config struct {
 	Certs    *certs.Store
 
 	BackendCAs map[string]*certs.Authority // those that rules name with backend-ca=
+	lists      lists
 }
 
 // DemoMap is the map of a gateway that was given none.
@@ -34,6 +35,15 @@ const DemoMap = ":8443 -> demo"
 // ReadConfig reads the map and the certificates that the settings name. Every complaint comes at once; if one of
 // them is an error the Config is nil.
 func ReadConfig(s Settings) (*Config, Problems) {
+	c, problems := readConfig(s)
+	if problems.Errors() {
+		return nil, problems
+	}
+	return c, problems
+}
+
+// readConfig is ReadConfig that returns what was read in any case.
+func readConfig(s Settings) (*Config, Problems) {
 	c := &Config{Settings: s}
 	var problems Problems
 	sources, problems := mapSources(&s)
@@ -59,9 +69,7 @@ func ReadConfig(s Settings) (*Config, Problems) {
 	if c.Map != nil {
 		problems = append(problems, c.readBackendCAs()...)
 		problems = append(problems, c.checkRules()...)
-	}
-	if problems.Errors() {
-		return nil, problems
+		problems = append(problems, c.readLists()...)
 	}
 	return c, problems
 }

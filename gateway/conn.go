@@ -23,13 +23,15 @@ type conn struct {
 	up, down        flow // client to backend, backend to client
 
 	stage     stage
-	busy      bool // in the loop's queue of those that go on later
-	counted   bool // among the connections that TLSNAT_MAX_CONNS counts
-	parked    bool // quiet: the key schedules were let go
-	kept      bool // quiet once: the backend's socket has keepalive
-	retired   bool // its rule is gone from the map, and says how long it may go on
-	lastWords bool // an alert is on its way to the side that broke the protocol: no reset must overtake it
+	busy      bool  // in the loop's queue of those that go on later
+	counted   bool  // among the connections that TLSNAT_MAX_CONNS counts
+	parked    bool  // quiet: the key schedules were let go
+	kept      bool  // quiet once: the backend's socket has keepalive
+	retired   bool  // its rule is gone from the map, and says how long it may go on
+	lastWords bool  // an alert is on its way to the side that broke the protocol: no reset must overtake it
+	holds     uint8 // of the gate's counts (entrance.go)
 	skimmed   int32
+	slot      uint32 // 1 + where its address is counted (conns-per-ip=); 0: nowhere
 
 	undelivered int // bytes that were on their way when a reset was about to be carried over
 
@@ -93,9 +95,11 @@ type flow struct {
 	cutShort bool  // the source spoke TLS and ended its stream without a close_notify
 	notified bool  // a close_notify was sent to the destination
 	closed   bool  // the end was passed on to the destination
+	pause    pause // for its bandwidth (pacer.go)
 	run      int32 // bytes carried since the source was drained last (splice), or was quiet (see streamed)
 	at       int64 // when the flow moved last, in loop nanoseconds
 	moved    int64 // bytes, as the application counts them
+	paid     int64 // the time up to which they are paid for, where there is a bandwidth
 }
 
 // stage is what a conn waits for, and which verb goes on when there is news.
@@ -192,6 +196,9 @@ func (c *conn) finish(o Outcome, why string) stage {
 	c.gen.open.Add(-1)
 	if c.counted {
 		l.gw.open.Add(-1)
+	}
+	if c.slot != 0 || c.holds != 0 {
+		c.leaveGate()
 	}
 	l.count(&c.report)
 	l.log(c)

@@ -303,7 +303,7 @@ func TestHalfHellosCostLittle(t *testing.T) {
 	if got != n {
 		t.Errorf("%d connections have %d sockets, want one each", n, got)
 	}
-	for range n {
+	for range 100 { // the others are counted: no source fills the log
 		l := e.next(t)
 		if l.Outcome != "hello_timeout" || l.DurationMS < float64(timeout.Milliseconds()) || l.DurationMS > float64(timeout.Milliseconds())+5000 {
 			t.Fatalf("line: %s", l)

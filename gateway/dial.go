@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/gateway/ktls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -229,6 +230,8 @@ type route struct {
 
 	encryption *encryption // nil: no backend is a tls:// one
 
+	gate    *lineGate // nil: whoever comes may come in
+	pace    gate.Pace // 0: as fast as it goes
 	primary []*backend
 	backup  []*backend
 	turns   []uint16 // primary backends, each as often as its weight says, evenly mixed

@@ -19,6 +19,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"net/netip"
 	"sync"
@@ -42,6 +43,7 @@ type Gateway struct {
 	tickets  ticketKeeper
 	demo     *demo
 	kernel   *ktls.Support // nil when nobody may use it
+	house    *gatehouse
 
 	generations atomic.Uint64
 	current     atomic.Pointer[generation]
@@ -64,7 +66,7 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 		return nil, fmt.Errorf("make session ticket keys: %w", err)
 	}
 	g := &Gateway{settings: c.Settings, started: time.Now(), failed: make(chan error, 1), tickets: ticketKeeper{keys: keys}}
-	g.demo = newDemo()
+	g.demo, g.house = newDemo(), newGatehouse()
 	if c.Settings.KTLS != "off" {
 		g.kernel = probeKernel()
 	}
@@ -127,7 +129,9 @@ func (g *Gateway) Start() error {
 	g.ended.Go(func() { g.keepResolving(ctx) })
 	g.ended.Go(func() { trim(ctx) })
 	if g.settings.Watch == "on" {
-		g.ended.Go(func() { g.watch(ctx) })
+		seed := maphash.MakeSeed()
+		served := fingerprint(seed, g.files()) // now: a change after Start is noticed
+		g.ended.Go(func() { g.watch(ctx, seed, served) })
 	}
 	g.ended.Go(g.demo.serve)
 	return nil

@@ -29,6 +29,7 @@ type generation struct {
 	byKey    map[ruleKey]*route
 	profiles map[string]*profile
 	backends []*backend
+	gates    gates
 	open     atomic.Int64 // connections that run under it
 
 	added, removed []string // rules, compared with the generation before
@@ -40,12 +41,13 @@ type generation struct {
 // portRules is what a listener serves: the port's part of the map, and the routes behind its rules.
 type portRules struct {
 	rules  *natmap.Port
-	plain  *route // of a port whose bytes are not looked at
+	plain  *route    // of a port whose bytes are not looked at
+	gate   *entrance // nil: nothing is looked at before the hello
 	routes map[*natmap.Rule]*route
 }
 
-func (p *portRules) lookup(name string) *route {
-	rule := p.rules.Lookup(name)
+func (p *portRules) match(name string, offered []string) *route {
+	rule := p.rules.Match(name, offered)
 	if rule == nil {
 		return nil
 	}
@@ -80,6 +82,7 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 		}
 	}
 	gen.remember(last)
+	gen.gates = g.house.raise(gen)
 	return gen
 }
 
@@ -166,6 +169,7 @@ func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 	if p != nil && !p.Sniff() {
 		rules.plain = gen.routes[p.Plain]
 	}
+	rules.gate = gen.gates.at(endpoint{addr, port}, rules.plain)
 	return rules
 }
 

@@ -69,7 +69,8 @@ func (c *conn) queueHandshake() stage {
 	l.queue.push(c)
 	if len(l.queue.waiting) > l.maxInFlight() {
 		oldest := l.queue.pop()
-		oldest.stage = oldest.refuse(Limited, alertInternalError, Prefix+"HANDSHAKES hellos wait already")
+		oldest.refused(refusedHandshakeAll)
+		oldest.stage = oldest.refuse(Limited, alertInternalError, refusalTexts[refusedHandshakeAll])
 		if oldest == c {
 			return c.stage
 		}
@@ -405,6 +406,7 @@ func (h *handshaker) done() {
 	c.client.writable = true
 	h.forget()
 	h.profile.giveBack(l, h)
+	c.release(holdsHandshake)
 	switch {
 	case c.report.told:
 		c.finish(HandshakeFailed, "")

@@ -91,7 +91,7 @@ var plainHTTPAnswer = fmt.Sprintf("HTTP/1.1 400 Bad Request\r\nContent-Type: tex
 func (c *conn) match() stage {
 	h := &c.loop.hello
 	c.report.helloed(h, c.loop.now)
-	r := c.port.lookup(c.report.sni)
+	r := c.port.match(c.report.sni, h.ALPN)
 	if r == nil {
 		return c.refuse(UnknownName, alertUnrecognizedName, unknownName(c.report.sni))
 	}

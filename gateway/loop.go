@@ -30,15 +30,19 @@ type loop struct {
 	now       int64   // loop nanoseconds: since the gateway's start, read once a round
 	later     []*conn // streams, and who used up a turn: they go on when the others have been served
 
-	scratch []byte       // what a turn reads into and seals in; nothing in it outlives the turn
-	iov     []unix.Iovec // the same for vectors
-	hello   sni.Hello    // of the connection that is being matched
-	lent    lender
-	pipes   pipes
-	queue   turnQueue
-	shakers shakers
-	fields  []zap.Field // of the line that is being logged
-	rounds  []uint32    // per route: how far the round-robin is
+	scratch    []byte       // what a turn reads into and seals in; nothing in it outlives the turn
+	iov        []unix.Iovec // the same for vectors
+	most       int          // what a turn may read: noEnd, but for a stream with a bandwidth
+	hello      sni.Hello    // of the connection that is being matched
+	lent       lender
+	pipes      pipes
+	refusedNow uint32 // connections that begin has turned away
+	pacer      pacer
+	sampler    sampler
+	queue      turnQueue
+	shakers    shakers
+	fields     []zap.Field // of the line that is being logged
+	rounds     []uint32    // per route: how far the round-robin is
 
 	active   atomic.Int32 // handshakes that compute right now
 	inFlight int          // handshakes begun and not finished, those that wait for the client included
@@ -67,10 +71,10 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loop{index: index, gw: g, poll: p, conns: map[*conn]struct{}{}, scratch: make([]byte, scratchSize),
+	l := &loop{index: index, gw: g, poll: p, most: noEnd, conns: map[*conn]struct{}{}, scratch: make([]byte, scratchSize),
 		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan shaker)}}
 	l.tick()
-	l.wheel.done = l.now >> tickShift
+	l.wheel.done, l.pacer.done = l.now>>tickShift, l.now>>paceShift
 	return l, nil
 }
 
@@ -88,6 +92,7 @@ func (l *loop) run() {
 			l.dispatch(&events[i])
 		}
 		l.wheel.fire(l.now, (*conn).due)
+		l.pacer.fire(l.now)
 		l.runPosted()
 		l.serveLater()
 		l.startHandshakes()
@@ -96,6 +101,7 @@ func (l *loop) run() {
 			runtime.Gosched() // handshakes get the P now, not when the monitor notices
 		}
 	}
+	l.sampler.flush(l)
 	l.closeAll()
 }
 
@@ -104,7 +110,16 @@ func (l *loop) look() ([]unix.EpollEvent, error) {
 	if l.poll.look() || len(l.later) > 0 {
 		return l.poll.events[:l.poll.n], l.poll.fault
 	}
-	return l.poll.sleep(l.now, l.wheel.next(), l.hasNews)
+	return l.poll.sleep(l.now, l.nextDue(), l.hasNews)
+}
+
+// nextDue is when there is something to do though nothing happens, in loop nanoseconds; 0: never.
+func (l *loop) nextDue() int64 {
+	due := l.wheel.next()
+	if paced := l.pacer.next(); paced != 0 && (due == 0 || paced < due) {
+		return paced
+	}
+	return due
 }
 
 // slowRound is longer than anything a loop does should take: whoever waits for the loop begins to feel it.
@@ -190,14 +205,16 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	c.gen.open.Add(1)
 	if l.gw.open.Add(1) > l.gw.maxConns.Load() {
 		l.gw.open.Add(-1)
-		abort(&c.client)
-		c.finish(Limited, Prefix+"MAX_CONNS connections are open")
+		l.turnAway(c, refusedMaxConns)
 		return
 	}
 	c.counted = true
 	c.stage = readingHello
 	if l.gw.trusts(peer.Addr()) {
 		c.stage = readingProxy
+	} else if why := c.knock(); why != notRefused {
+		l.turnAway(c, why)
+		return
 	}
 	if err := l.watch(&c.client); err != nil {
 		c.finish(Internal, err.Error())
@@ -207,6 +224,12 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	if c.port.plain != nil && c.stage == readingHello {
 		c.advance() // nothing to be read before this one goes on
 	}
+}
+
+// turnAway ends a connection that has not begun.
+func (l *loop) turnAway(c *conn, why refusal) {
+	l.refusedNow++
+	c.shut(why)
 }
 
 // putOff has a conn go on when those with less to do were served.

@@ -61,6 +61,9 @@ func (c *conn) takeProxyHeader(b []byte, n int) stage {
 	c.believe(h)
 	rest := b[n:]
 	c.pending = append([]byte(nil), rest...)
+	if why := c.knock(); why != notRefused {
+		return c.shut(why)
+	}
 	return readingHello
 }
 

@@ -97,7 +97,12 @@ func (c *conn) pump(f *flow, from, to *socket) {
 		if sealing && !c.keysServe(f, from, to) {
 			return
 		}
-		n := c.move(f, from, to)
+		n := 0
+		if c.route.pace == 0 {
+			n = c.move(f, from, to)
+		} else if n = c.moveAtPace(f, from, to); n < 0 {
+			return // the pacer goes on with it
+		}
 		if n > 0 {
 			c.touch()
 			if sealing {

@@ -17,13 +17,13 @@ const (
 
 // copyOver carries a small message: one read into the loop's memory, one write out of it.
 func (c *conn) copyOver(f *flow, from, to *socket) int {
-	buf := c.loop.scratch[:copySize]
+	buf := c.loop.scratch[:min(copySize, c.loop.most)]
 	n, e := sysRead(from.fd, buf)
 	if n = f.got(from, n, len(buf), e); n == 0 {
 		return 0
 	}
 	c.carried(f, n)
-	f.splice = n == len(buf)
+	f.splice = n == copySize
 	c.send(f, to, buf[:n])
 	return n
 }
@@ -40,7 +40,7 @@ func (c *conn) spliceOver(f *flow, from, to *socket) int {
 		f.splice = false // out of descriptors: copying needs none
 		return c.copyOver(f, from, to)
 	}
-	want := (int(f.batch) + 1) * spliceStep
+	want := min((int(f.batch)+1)*spliceStep, c.loop.most)
 	n, e := sysSplice(from.fd, p.w, want)
 	if from.kernelOpens() {
 		return c.spliceOpened(f, from, to, p, want, n, e)

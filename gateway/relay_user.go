@@ -46,6 +46,9 @@ func (c *conn) seal(f *flow, from, to *socket) int {
 	l, w := c.loop, &to.tls.writer
 	c.renewKeys(f, to)
 	size, slots := f.recordSize(l.now)
+	if l.most < size*slots {
+		size, slots = min(size, l.most), max(1, l.most/size)
+	}
 	pre := w.Prefix()
 	stride := pre + size + w.Suffix()
 	n, e := l.readSlots(from.fd, pre, size, stride, slots)
@@ -161,7 +164,7 @@ func (c *conn) wanted(f *flow, from *socket, room int) int {
 	if from.tls.rx == landing {
 		return from.tls.reader.Need(f.carry) - len(f.carry)
 	}
-	return min((int(f.batch)+1)*slotSize, room)
+	return min((int(f.batch)+1)*slotSize, room, max(c.loop.most, slotSize)) // no record opens in part
 }
 
 // openAll opens the records of b and sends their data on, with one call. It returns how many bytes of b are done with.

@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -36,6 +37,8 @@ type reloader struct {
 	ok   uint64
 	bad  uint64
 	old  []*generation // not current any more, and with connections when it was looked at last
+
+	lists atomic.Pointer[[]string] // files that the map named when it was read last, with a mistake in it or not
 }
 
 // Reload reads map, certificates and all other files again, as ReadConfig does, and puts a new generation in the place
@@ -52,11 +55,13 @@ func (g *Gateway) Reload() Reloaded {
 }
 
 func (g *Gateway) reload(r *Reloaded) {
-	c, problems := ReadConfig(g.settings)
+	c, problems := readConfig(g.settings)
+	lists := c.ListFiles()
+	g.reloads.lists.Store(&lists)
 	for _, p := range problems {
 		r.Problems = append(r.Problems, p.String())
 	}
-	if c == nil || g.Draining() {
+	if problems.Errors() || g.Draining() {
 		return
 	}
 	if err := g.change(c, r); err != nil {
@@ -252,11 +257,12 @@ func (c *conn) retire(d int64) {
 
 // ruleKey tells rules of two generations that are about the same clients.
 type ruleKey struct {
-	listen natmap.Listen
-	name   string
+	listen   natmap.Listen
+	protocol string
+	name     string
 }
 
-func keyOf(r *natmap.Rule) ruleKey { return ruleKey{r.Listen, r.Name} }
+func keyOf(r *natmap.Rule) ruleKey { return ruleKey{r.Listen, r.Protocol, r.Name} }
 
 // difference is what a reload changed: rules that are only in the new map, and those that are only in the old one.
 func difference(old, now *natmap.Map) (added, removed []string) {

@@ -55,6 +55,7 @@ type report struct {
 	up, down      int64
 	told          bool
 	outcome       Outcome
+	refusal       refusal
 	stage         stage
 	alertSent     int16 // -1: none
 	alertReceived int16
@@ -120,7 +121,7 @@ func (r *report) level() zapcore.Level {
 		return zapcore.DebugLevel
 	case r.outcome == Internal:
 		return zapcore.ErrorLevel
-	case r.outcome == NoBackend, r.outcome == ConnectFailed, r.outcome == Limited:
+	case r.outcome == NoBackend, r.outcome == ConnectFailed, r.outcome == Limited, r.refusal != notRefused:
 		return zapcore.WarnLevel
 	}
 	return zapcore.InfoLevel
@@ -186,6 +187,7 @@ func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
 	if r.alertReceived > 0 {
 		text(whose+"alert_received", record.Alert(r.alertReceived).String())
 	}
+	text("refused", r.refusal.String())
 	text("error", r.err)
 	return dst
 }
@@ -210,11 +212,17 @@ func (r *route) modeName() string {
 	return r.rule.Options.Mode.String()
 }
 
-// log writes the line.
+// log writes the line, unless the client has had enough of them (sampler.go).
 func (l *loop) log(c *conn) {
 	r := &c.report
+	if r.sampled() && !l.sampler.take(l, r) {
+		return
+	}
 	if entry := l.gw.log.Check(r.level(), "connection"); entry != nil {
 		l.fields = r.fields(l.now, l.fields[:0])
+		if r.refusal == refusedAddress {
+			l.fields = append(l.fields, zap.String("decided_by", c.decidedBy()))
+		}
 		entry.Write(l.fields...)
 	}
 }
@@ -229,6 +237,9 @@ type counters struct {
 	fallbacks          [hindrances]atomic.Uint64
 
 	outcomes   [outcomes]atomic.Uint64
+	refused    [refusals]atomic.Uint64
+	unlogged   atomic.Uint64                            // lines that the sampler kept back
+	paused     atomic.Uint64                            // times that a stream waited for its bandwidth
 	handshakes [tlsVersions][tlsGroups][2]atomic.Uint64 // the last index is 1 for resumed ones
 }
 

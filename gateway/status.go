@@ -26,6 +26,7 @@ type Status struct {
 	Bytes       ByteCounts       `json:"bytes"`
 	Handshakes  HandshakeCounts  `json:"handshakes"`
 	Kernel      KernelCounts     `json:"ktls"`
+	Gate        GateCounts       `json:"gate"`
 
 	AcceptPauses uint64   `json:"accept_pauses"` // out of descriptors or memory
 	LinesDropped uint64   `json:"log_lines_dropped"`
@@ -177,6 +178,7 @@ func (g *Gateway) sum(s *Status) {
 		s.Kernel.Fallbacks[f.String()] = g.total(func(n *counters) *atomic.Uint64 { return &n.fallbacks[f] })
 	}
 	g.sumHandshakes(&s.Handshakes)
+	g.sumGate(&s.Gate)
 }
 
 func (g *Gateway) sumHandshakes(h *HandshakeCounts) {
@@ -363,6 +365,7 @@ func (e *endedRing) list(now int64) (all []EndedConn) {
 type RuleInfo struct {
 	Rule     string       `json:"rule"` // file:line
 	Listen   string       `json:"listen"`
+	Protocol string       `json:"protocol,omitempty"` // that a client has to offer
 	Name     string       `json:"name,omitempty"`
 	Action   string       `json:"action"`
 	Mode     string       `json:"mode"`
@@ -391,7 +394,7 @@ func (g *Gateway) Rules(limit int) []RuleInfo {
 }
 
 func (r *route) info() RuleInfo {
-	i := RuleInfo{Rule: r.label, Listen: r.rule.Listen.String(), Name: r.rule.Name, Action: r.rule.Action.String(), Mode: r.modeName()}
+	i := RuleInfo{Rule: r.label, Listen: r.rule.Listen.String(), Protocol: r.rule.Protocol, Name: r.rule.Name, Action: r.rule.Action.String(), Mode: r.modeName()}
 	if r.rule.Action == natmap.Forward {
 		for _, b := range r.rule.Backends {
 			i.Backends = append(i.Backends, b.String())

@@ -18,9 +18,11 @@ import (
 // waiting and says which stage comes next; its own stage again means "not yet: call me when there is news".
 //
 //	accept                      listener.go
-//	→ the PROXY header          proxy.go       where the peer is a load balancer that we trust
+//	→ the gate                  entrance.go    what an address may, as far as no name is needed to tell
+//	→ the PROXY header          proxy.go       where the peer is a load balancer that we trust: then the gate is behind it
 //	→ the ClientHello           hello.go       gathered on the loop: no goroutine yet
 //	→ the rule                  hello.go
+//	→ the gate of the rule      entrance.go
 //	→ [terminate: handshake]    handshake.go   a goroutine of crypto/tls, bounded in number; then the keys are ours
 //	→ the backend               dial.go        the next one if one does not answer
 //	→ [tls://: handshake]       encrypt.go     the same as with the client, the other way round
@@ -236,6 +238,11 @@ func (c *conn) enter(r *route) {
 
 // act goes the way that the rule's action and mode name.
 func (c *conn) act() stage {
+	if c.route.gate != nil {
+		if why := c.passGate(); why != notRefused {
+			return c.shut(why)
+		}
+	}
 	switch rule := c.route.rule; {
 	case rule.Action == natmap.Redirect:
 		return readingRequest

@@ -107,12 +107,14 @@ func (b *bed) stop(t testing.TB) {
 var outcomes = strings.Fields(`ok client_reset backend_reset idle lifetime drained bad_proxy bad_hello hello_timeout
 	unknown_name denied limited handshake_failed client_cert_refused no_backend connect_failed tls_error rekey_failed internal`)
 
-// audit holds the log against what was accepted: a line for each connection, with an outcome of the closed list, and
-// none that is the gateway's own fault.
+// audit holds the log against what was accepted: a line for each connection, or its part of a count, with an outcome
+// of the closed list, and none that is the gateway's own fault.
 func (b *bed) audit(t testing.TB) {
 	t.Helper()
 	ids := map[string]bool{}
+	unlogged := uint64(0)
 	for _, l := range b.log.all() {
+		unlogged += l.Count
 		if l.Msg != "connection" {
 			continue
 		}
@@ -125,8 +127,8 @@ func (b *bed) audit(t testing.TB) {
 		}
 	}
 	status := b.gateway.Status()
-	if n := status.Connections.Accepted; n != uint64(len(ids)) {
-		t.Errorf("%d connections were accepted, and %d are in the log", n, len(ids))
+	if n := status.Connections.Accepted; n != uint64(len(ids))+unlogged {
+		t.Errorf("%d connections were accepted, %d are in the log and %d are counted there", n, len(ids), unlogged)
 	}
 	for _, n := range status.Connections.Outcomes {
 		status.Connections.Accepted -= n
@@ -192,7 +194,9 @@ func clientConfig(t testing.TB, change func(*tls.Config)) *tls.Config {
 // logLine is a line of the log, for connections the one that the contract describes.
 type logLine struct {
 	Level, Msg, ID, Outcome, Listen, Client, Peer, SNI, ALPN, TLS, Cipher, Group, JA4, Rule, Mode, Backend, Path, Stage,
-	Alert, Error string
+	Alert, Error, Refused string
+	DecidedBy     string `json:"decided_by"`
+	Count         uint64 // of connections that have no line of their own
 	Resumed       *bool
 	AlertReceived string `json:"alert_received"`
 

@@ -21,12 +21,9 @@ const (
 // watch reloads when what was read is not what is there any more. It looks at files by their names, as the next reload
 // will: so it sees what editors rename, what Kubernetes swaps by a symbolic link, and files that are mounted one by
 // one or over a network, none of which inotify tells of reliably. A change counts once it has come to rest, so that a
-// certificate isn't read without its key.
-func (g *Gateway) watch(ctx context.Context) {
-	seed := maphash.MakeSeed()
-	files := g.settings.files()
-	served, before := fingerprint(seed, files), uint64(0)
-	pause := watchEvery
+// certificate isn't read without its key. served is the fingerprint of what the gateway runs with.
+func (g *Gateway) watch(ctx context.Context, seed maphash.Seed, served uint64) {
+	pause, before := watchEvery, uint64(0)
 	for {
 		select {
 		case <-ctx.Done():
@@ -34,7 +31,7 @@ func (g *Gateway) watch(ctx context.Context) {
 		case <-time.After(pause):
 		}
 		began := time.Now()
-		now := fingerprint(seed, files)
+		now := fingerprint(seed, g.files())
 		if now != served && now == before {
 			served = now // with a mistake in it, too: the next change is the next attempt
 			g.Reload()
@@ -45,8 +42,13 @@ func (g *Gateway) watch(ctx context.Context) {
 }
 
 // files are what a configuration is read from: files, and directories with all that is in them.
-func (s *Settings) files() (all []string) {
-	for _, path := range []string{s.MapFile, s.Certs, s.BackendCAs} {
+func (g *Gateway) files() (all []string) {
+	s := &g.settings
+	lists := g.current.Load().config.ListFiles()
+	if read := g.reloads.lists.Load(); read != nil {
+		lists = *read
+	}
+	for _, path := range append([]string{s.MapFile, s.Certs, s.BackendCAs}, lists...) {
 		if path != "" {
 			all = append(all, path)
 		}

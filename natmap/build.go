@@ -115,17 +115,25 @@ func (p *parser) blame(a, b *Rule, blamed map[Pos]bool, say func(old, dup *Rule)
 	}
 	blamed[lineOf(b)] = true
 	msg, hint := say(a, b)
-	p.complain(b.Pos, cmp.Or(b.Name, b.Listen.String()), msg, hint)
+	text := b.Name
+	if text == "" && b.Protocol != "" {
+		text = protocolMark + b.Protocol
+	}
+	p.complain(b.Pos, cmp.Or(text, b.Listen.String()), msg, hint)
 }
 
 func lineOf(r *Rule) Pos { return Pos{r.Pos.File, r.Pos.Line, 0} }
 
 // claim is a listener and a name as the user thinks of them.
 func claim(r *Rule) string {
-	if r.Name == "" {
-		return r.Listen.String()
+	s := r.Listen.String()
+	if r.Protocol != "" {
+		s += " " + protocolMark + r.Protocol
 	}
-	return r.Listen.String() + " " + r.Name
+	if r.Name != "" {
+		s += " " + r.Name
+	}
+	return s
 }
 
 func (p *parser) clash(a, b *Rule, blamed map[Pos]bool) {
@@ -162,7 +170,7 @@ func (p *parser) checkPlain(rules []*Rule, blamed map[Pos]bool) {
 	count := make([]int, len(plain))
 	for _, r := range rules {
 		i, _ := slices.BinarySearchFunc(plain, r.Listen.Lo, func(a *Rule, lo uint16) int { return int(a.Listen.Hi) - int(lo) })
-		if r.Name == "" || i == len(plain) || plain[i].Listen.Lo > r.Listen.Hi {
+		if r.Name == "" && r.Protocol == "" || i == len(plain) || plain[i].Listen.Lo > r.Listen.Hi {
 			continue
 		}
 		if count[i]++; count[i] == 1 || r.order < first[i].order {

@@ -15,16 +15,17 @@
 //
 // One rule stands on a line, or between semicolons:
 //
-//	LISTEN [NAME…] -> BACKEND… [KEY=VALUE…]
-//	LISTEN [NAME…] -> redirect | reject | demo [KEY=VALUE…]
+//	LISTEN [alpn:PROTOCOL…] [NAME…] -> BACKEND… [KEY=VALUE…]
+//	LISTEN [alpn:PROTOCOL…] [NAME…] -> redirect | reject | demo [KEY=VALUE…]
 //	default KEY=VALUE…
 //
 // A # starts a comment that runs to the end of its line. A name is exact or
 // *.suffix, which stands for one or more labels. An exact name beats the longest
 // wildcard, which beats a rule without a name. Where a rule for one address and a
-// rule for every address claim the same name, the one for the address wins.
+// rule for every address claim the same name, the one for the address wins. A rule
+// with alpn: serves only clients that offer the protocol, and beats every rule without.
 //
-// On one address, a port and a name belong to one rule; a range may hold another but
+// On one address, a port, a protocol and a name belong to one rule; a range may hold another but
 // not cross it; and a rule that reads no ClientHello (mode=tcp, redirect) is alone on
 // its ports. Such a rule for one address hides the rules for every address there, and
 // is not seen where the address has rules of its own.
@@ -51,7 +52,7 @@ const (
 
 // A Map is a parsed map. It is immutable and safe for concurrent use.
 type Map struct {
-	Rules []*Rule // in the order of the text; a line with n names is n rules
+	Rules []*Rule // in the order of the text; a line with n names is n rules, for each of its protocols
 
 	listens  []Listen
 	views    map[netip.Addr][]segment // the zero Addr: listeners on every address
@@ -92,6 +93,7 @@ func (p Pos) String() string {
 type Rule struct {
 	Pos      Pos // of its name; of its listener when it has none
 	Listen   Listen
+	Protocol string // "" (whatever the client offers), "acme-tls/1" (RFC 7301): only clients that offer it
 	Name     string // "" (every client), "api.bank.example", "*.bank.example"
 	Action   Action
 	Backends []Backend // of Forward, at least one; shared by the names of a line
@@ -106,6 +108,9 @@ func (r *Rule) String() string { return string(r.append(nil)) }
 
 func (r *Rule) append(b []byte) []byte {
 	b = append(b, r.Listen.String()...)
+	if r.Protocol != "" {
+		b = append(append(b, " alpn:"...), r.Protocol...)
+	}
 	if r.Name != "" {
 		b = append(append(b, ' '), r.Name...)
 	}
@@ -246,6 +251,8 @@ type Options struct {
 	BackendName       string // what they are asked for and verified as; "": their host; NameOfClient: what the client asked for
 	BackendCert       string // a name of the certificate that they are shown, if they ask for one
 	BackendUnverified bool   // whoever answers is taken for the backend
+
+	Gate GateOptions
 }
 
 // NameOfClient is the value of backend-name= that stands for the name that the client asked for.

@@ -36,13 +36,16 @@ type option struct {
 	uses             kind
 	unnamed          bool // only for a rule without a name
 	encrypts         bool // only for a rule with a tls:// backend
+	unrouted         bool // only for a rule without alpn:
 	// set reads v into its field of o, or complains about v.
 	set func(p *parser, o *Options, v token)
 	// show writes the field as set reads it.
 	show func(o *Options) string
 }
 
-var options = []option{
+var options = slices.Concat(ruleOptions, gateOptions)
+
+var ruleOptions = []option{
 	{
 		key: "mode", value: "terminate|pass|tcp", uses: terminate | pass | tcp | demo,
 		help: "terminate: TLS ends here; pass: route on the name, touch nothing; tcp: look at nothing (default terminate)",
@@ -73,7 +76,7 @@ var options = []option{
 		show: func(o *Options) string { return "1." + strconv.Itoa(int(o.MinTLS)-0x0301) },
 	},
 	{
-		key: "alpn", value: "PROTOCOL,…", uses: terminate | demo,
+		key: "alpn", value: "PROTOCOL,…", uses: terminate | demo, unrouted: true,
 		help: "application protocols offered to the client, preferred first, as in h2,http/1.1",
 		set:  setALPN,
 		show: func(o *Options) string { return strings.Join(o.ALPN, ",") },
@@ -504,7 +507,7 @@ const modeRow = 0
 // inherited reports whether a default line sets o for such a rule. Demo has one
 // mode only, so that a default mode does not reach it.
 func (o *option) inherited(k kind, d *draft) bool {
-	return o.uses&k != 0 && !(o.unnamed && d.named()) && !(o.encrypts && !d.encrypts()) && !(o.key == "mode" && k == demo)
+	return o.uses&k != 0 && !(o.unnamed && d.named()) && !(o.encrypts && !d.encrypts()) && !(o.unrouted && d.alpn > 0) && !(o.key == "mode" && k == demo)
 }
 
 // checkUse complains about an option on a rule that it has no meaning for.
@@ -516,6 +519,8 @@ func (p *parser) checkUse(o *option, a *assignment, k kind, d *draft) {
 		p.fault(a.token, o.key+"= is for clients that send no name, this rule for those that do", "write it on the rule without a name")
 	case o.encrypts && !d.encrypts():
 		p.fault(a.token, o.key+"= is for encrypted backends, and this rule has none", "write tls:// before a backend, or remove "+o.key+"=")
+	case o.unrouted && d.alpn > 0:
+		p.fault(a.token, "the rule is for clients that offer "+clip(d.protocols()[0].text[len(protocolMark):])+", which is what is agreed on", "remove "+o.key+"=")
 	case o.key == "mode" && k == demo && a.setting.Value != "terminate":
 		p.fault(a.token, "demo ends TLS itself", "remove "+a.token.text)
 	}
@@ -529,9 +534,11 @@ func (p *parser) checkMode(d *draft, mode *assignment) {
 		says += " (set at " + mode.setting.Pos.String() + ")"
 	}
 	switch {
-	case d.Action == Redirect && d.named():
+	case d.Action == Redirect && len(d.left) > 1:
 		p.fault(d.left[1], "redirect answers plain HTTP, which begins without a name", "write "+d.left[0].text+" -> redirect")
 	case d.Action != Forward:
+	case d.Options.Mode == TCP && d.alpn > 0:
+		p.fault(d.left[1], says+" reads nothing, so it cannot tell protocols apart", "remove the protocol, or write mode=pass")
 	case d.Options.Mode == TCP && d.named():
 		p.fault(d.left[1], says+" reads nothing, so it cannot tell names apart", "remove the name, or write mode=pass")
 	case d.Options.Mode == Pass && d.encrypts():

@@ -78,7 +78,8 @@ type parser struct {
 	rules    []*Rule
 	defaults assignments
 	lines    []*defaultLine
-	lostMode bool // a default mode= was not understood: what depends on it is not checked
+	lists    map[Pos][]Member // of allow= and deny=, by where they stand
+	lostMode bool             // a default mode= was not understood: what depends on it is not checked
 }
 
 func (p *parser) pos(t token) Pos { return Pos{p.file, t.line, t.col} }
@@ -209,7 +210,7 @@ func (p *parser) statement(toks []token) {
 	p.rule(toks)
 }
 
-// rule reads LISTEN [NAME…] -> BACKEND… [KEY=VALUE…] and keeps it when it has no
+// rule reads LISTEN [alpn:PROTOCOL…] [NAME…] -> BACKEND… [KEY=VALUE…] and keeps it when it has no
 // fault.
 func (p *parser) rule(toks []token) {
 	faults := len(p.errs)
@@ -223,7 +224,7 @@ func (p *parser) rule(toks []token) {
 	if !p.listen(left[0], listen) {
 		listen = nil
 	}
-	names := p.names(left[1:])
+	names := p.names(d)
 	if arrow.text == "" {
 		return
 	}
@@ -242,24 +243,44 @@ func (p *parser) rule(toks []token) {
 // A draft is a rule while its line is read.
 type draft struct {
 	Rule
-	left []token // its listener and its names
+	left []token // its listener, its protocols and its names
+	alpn int     // of left, how many are protocols
 	tls  token   // the first backend that is encrypted to
 	own  assignments
 }
 
-func (d *draft) named() bool    { return len(d.left) > 1 }
+func (d *draft) named() bool    { return len(d.left) > 1+d.alpn }
 func (d *draft) encrypts() bool { return d.tls.text != "" }
 
-// keep adds the rule, once for each of its names.
+// protocols are the words with alpn:.
+func (d *draft) protocols() []token { return d.left[1 : 1+d.alpn] }
+
+// keep adds the rule, once for each of its names, and that for each of its protocols.
 func (p *parser) keep(d *draft, names []string) {
+	for _, t := range d.protocols() {
+		d.Protocol = strings.TrimPrefix(t.text, protocolMark)
+		if k := kindOf(d.Action, d.Options.Mode); k == terminate || k == demo {
+			d.Options.ALPN = []string{d.Protocol} // what the client is there for is what is agreed on
+		}
+		if p.keepNames(d, names, t); p.full {
+			return
+		}
+	}
+	if d.alpn == 0 {
+		p.keepNames(d, names, d.left[0])
+	}
+}
+
+// keepNames adds the rule for each of its names. at is its place when it has none.
+func (p *parser) keepNames(d *draft, names []string, place token) {
 	if len(p.rules)+max(1, len(names)) > MaxRules {
 		p.fault(d.left[0], fmt.Sprintf("the map has more than %d rules", MaxRules), "split it over several gateways")
 		p.full = true
 		return
 	}
-	at := d.left[1:]
+	at := d.left[1+d.alpn:]
 	if len(names) == 0 {
-		names, at = []string{""}, d.left
+		names, at = []string{""}, []token{place}
 	}
 	block := make([]Rule, len(names)) // one allocation for all names of a line
 	for i, name := range names {
@@ -432,12 +453,44 @@ func digits(s string) bool {
 	return s != ""
 }
 
-func (p *parser) names(toks []token) []string {
-	names := make([]string, len(toks))
-	for i, t := range toks {
-		names[i] = p.name(t)
+// names reads what stands behind the listener: protocols, then names.
+func (p *parser) names(d *draft) []string {
+	var names []string
+	seen := map[string]bool{}
+	for _, t := range d.left[1:] {
+		protocol, ok := t.cutPrefix(protocolMark)
+		switch {
+		case !ok:
+			names = append(names, p.name(t))
+		case len(names) > 0:
+			p.fault(t, quote(t.text)+" stands behind a name", "write protocols before the names")
+		case seen[protocol.text]:
+			p.fault(t, quote(t.text)+" stands twice", "write it once")
+		default:
+			d.alpn++
+			seen[protocol.text] = true
+			p.protocol(protocol)
+		}
 	}
 	return names
+}
+
+// protocolMark begins the word for a protocol among the names of a rule.
+const protocolMark = "alpn:"
+
+// protocol checks a protocol that a client has to offer.
+func (p *parser) protocol(t token) {
+	slip := alpnSlips[strings.ToLower(t.text)]
+	switch {
+	case t.text == "":
+		p.fault(t, "there is no protocol behind alpn:", "write one, as in alpn:acme-tls/1")
+	case strings.Contains(t.text, ","):
+		p.fault(t, quote(t.text)+" has a comma", "write alpn: before each protocol, with a space between them")
+	case len(t.text) > 255 || !ascii(t.text):
+		p.fault(t, quote(t.text)+" is not a protocol", "write a registered one, as in alpn:acme-tls/1 (RFC 7301 section 6)")
+	case slip != "":
+		p.fault(t, quote(t.text)+" is not a registered protocol", "did you mean "+slip+"?")
+	}
 }
 
 // name reads an exact name or a wildcard.

@@ -179,6 +179,11 @@ func TestUnreadableBytes(t *testing.T) {
 }
 
 func TestHostileTextIsBounded(t *testing.T) {
+	var protocols, names strings.Builder
+	for i := range 5000 {
+		fmt.Fprintf(&protocols, "alpn:p%d ", i)
+		fmt.Fprintf(&names, "n%d ", i)
+	}
 	for name, text := range map[string]string{
 		"errors":  strings.Repeat("x\n", 1<<20),
 		"names":   strings.Repeat(":1 "+strings.Repeat("a ", 60000)+"-> b:1\n", 20),
@@ -186,6 +191,8 @@ func TestHostileTextIsBounded(t *testing.T) {
 		"dots":    ":1 " + strings.Repeat(".", MaxLine-20) + " -> b:1",
 		"option":  ":1 -> b:1 " + strings.Repeat("k", MaxLine-20) + "=1",
 		"alpn":    ":1 -> b:1 alpn=" + strings.Repeat("a,", 60000),
+		"routes":  ":1 " + protocols.String() + names.String() + "-> b:1", // 25 million rules
+		"members": ":1 -> b:1 deny=" + strings.Repeat("1,", 60000),
 		"slashes": ":1 -> b:1" + strings.Repeat("/", MaxLine-20),
 		"path":    ":1 -> unix:/" + strings.Repeat("/backup", 10000),
 		"ports":   strings.Repeat(":1-65535 -> b:=; 10.0.0.1:1-65535 -> b:=; 10.0.0.2:1-65535 -> b:=; 10.0.0.3:1-65535 -> b:=; 10.0.0.4:1-65535 -> b:=\n", 1),
@@ -354,7 +361,7 @@ func TestSocketPaths(t *testing.T) {
 // TestOptionDocs holds the registry to what the documentation is made of.
 func TestOptionDocs(t *testing.T) {
 	docs := OptionDocs()
-	fields := reflect.TypeFor[Options]().NumField()
+	fields := optionFields(reflect.TypeFor[Options]())
 	if len(docs) != fields {
 		t.Errorf("%d rows for %d fields of Options", len(docs), fields)
 	}
@@ -366,6 +373,19 @@ func TestOptionDocs(t *testing.T) {
 	if options[modeRow].key != "mode" {
 		t.Error("modeRow is not mode's")
 	}
+}
+
+// optionFields counts the fields of Options, those of its topics (PoolOptions) among
+// them.
+func optionFields(t reflect.Type) (n int) {
+	for i := range t.NumField() {
+		if f := t.Field(i).Type; strings.HasSuffix(f.Name(), "Options") {
+			n += optionFields(f)
+		} else {
+			n++
+		}
+	}
+	return n
 }
 
 func TestSeedsExist(t *testing.T) {
@@ -425,18 +445,20 @@ func randomMap(r *rand.Rand) string {
 	var b strings.Builder
 	for range 1 + r.IntN(7) {
 		if r.IntN(6) == 0 {
-			b.WriteString(pick("default idle=3m\n", "default mode=tcp\n", "default proxy=v2 alpn=h2 cert=c\n", "default mode=pass min-tls=1.3\n", "default mode=terminate\n", "default backend-ca=x\n"))
+			b.WriteString(pick("default idle=3m\n", "default mode=tcp\n", "default proxy=v2 alpn=h2 cert=c\n", "default mode=pass min-tls=1.3\n", "default deny=@x rate-per-ip=3/s handshakes=9\n", "default mode=terminate\n", "default backend-ca=x\n"))
 		}
 		lo := 1 + r.IntN(12)
 		b.WriteString(pick("", "", "", "10.0.0.1", "10.0.0.2", "[::1]", "[fe80::1%e]") + ":" + fmt.Sprint(lo))
 		if r.IntN(3) == 0 {
 			b.WriteString("-" + fmt.Sprint(lo+r.IntN(6)))
 		}
+		b.WriteString(pick("", "", "", " alpn:h2", " alpn:x alpn:h2"))
 		for range r.IntN(4) {
 			b.WriteString(" " + pick("", "", "*.") + pick("a", "b", "a.b", "b.a", "c.a.b", "A.a.b."))
 		}
 		b.WriteString(" -> " + pick("h:1", "h:=", "h:+3", "h:-2", "tls://h:1/backup", "[::1]:9/weight=3", "10.0.0.9:5-6 h:2", "unix:/%62ackup/backup", "redirect", "reject", "demo"))
-		b.WriteString(pick("", "", " mode=tcp", " mode=pass", " idle=off", " alpn=h2,x lifetime=90m", " https-port=8443", " cert=*.d", " backend-verify=off backend-name=sni") + pick("\n", "; ", " # c\r\n"))
+		b.WriteString(pick("", "", " mode=tcp", " mode=pass", " idle=off", " alpn=h2,x lifetime=90m", " https-port=8443", " cert=*.d", " backend-verify=off backend-name=sni",
+			" allow=all deny=10.1.2.0/24,2001:db8::/32,@a%2C%23.txt conns=7", " conns-per-ip=5 rate-per-ip=7/m bandwidth=100Mbit/s", " handshakes=off deny=off") + pick("\n", "; ", " # c\r\n"))
 	}
 	return b.String()
 }

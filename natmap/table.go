@@ -4,6 +4,7 @@ package natmap
 
 import (
 	"hash/maphash"
+	"maps"
 	"math/bits"
 	"net/netip"
 	"slices"
@@ -20,7 +21,8 @@ type Port struct {
 	tables [2]*table // of the address, then of every address; either may be nil
 	wild   depths    // of both
 	keys   keys
-	rest   *Rule // the rule without a name
+	rest   *Rule     // the rule without a name
+	alpn   []routing // the rules for clients that offer a protocol, by its name
 
 	shallow bool // wild holds at most fewDepths
 }
@@ -28,7 +30,47 @@ type Port struct {
 // Sniff reports whether the port reads a ClientHello before it decides.
 func (p *Port) Sniff() bool { return p.Plain == nil }
 
-// Lookup returns the rule that serves a client which asked for name, "" when it
+// routing is what a port serves to clients that offer a protocol.
+type routing struct {
+	protocol string
+	*Port
+}
+
+// maxOffered bounds the protocols of a client that rules are looked up for. Clients
+// offer three or four; a hostile ClientHello has room for 30,000.
+const maxOffered = 32
+
+// Match returns the rule that serves a client which asked for name and offered these
+// protocols (RFC 7301), the one it prefers first; or nil when nothing does. A rule for
+// a protocol that it offers beats every rule without one, whatever their names; of two
+// such rules the one for the protocol that the client prefers wins. Otherwise it is as
+// Lookup.
+func (p *Port) Match(name string, offered []string) *Rule {
+	if len(p.alpn) == 0 {
+		return p.Lookup(name)
+	}
+	for _, protocol := range offered[:min(len(offered), maxOffered)] {
+		i, ok := slices.BinarySearchFunc(p.alpn, protocol, func(r routing, s string) int { return strings.Compare(r.protocol, s) })
+		if !ok {
+			continue
+		}
+		if r := p.alpn[i].Lookup(name); r != nil {
+			return r
+		}
+	}
+	return p.Lookup(name)
+}
+
+// Protocols returns what rules with alpn: are there for, sorted.
+func (p *Port) Protocols() []string {
+	all := make([]string, len(p.alpn))
+	for i, r := range p.alpn {
+		all[i] = r.protocol
+	}
+	return all
+}
+
+// Lookup returns the rule that serves a client which offers no protocol and asked for name, "" when it
 // sent none, or nil when nothing does. The name is in lower case; one trailing dot
 // is ignored. It allocates nothing, and its time does not grow with the number of
 // names: one pass over the name, then one probe for it and one for each of its
@@ -184,6 +226,8 @@ type table struct {
 	// ranged has the rules of a name that do not serve every port of the island, by
 	// port: their ranges do not overlap.
 	ranged map[*slot][]*Rule
+	// alpn has the rules for clients that offer a protocol, which are not in slots.
+	alpn map[string]*table
 }
 
 // A slot is one name. Two of them fill a cache line, so that a name is found with
@@ -222,16 +266,47 @@ func (t *table) find(key uint64, suffix string, port uint16) *Rule {
 // newTable builds the table of an island, whose rules come by first port. It calls
 // clash for two rules that claim a name at the same port.
 func newTable(k *keys, is *island, clash func(a, b *Rule)) *table {
-	size := bits.Len(uint(2*len(is.rules) - 1))
+	general, special := split(is.rules)
+	t := newNames(k, general, is.Listen, clash)
+	for protocol, rules := range special {
+		if t.alpn == nil {
+			t.alpn = map[string]*table{}
+		}
+		t.alpn[protocol] = newNames(k, rules, is.Listen, clash)
+	}
+	return t
+}
+
+// split parts the rules for clients that offer a protocol from the others.
+func split(rules []*Rule) (general []*Rule, special map[string][]*Rule) {
+	for i, r := range rules {
+		switch {
+		case r.Protocol != "":
+			if special == nil {
+				special, general = map[string][]*Rule{}, slices.Clone(rules[:i])
+			}
+			special[r.Protocol] = append(special[r.Protocol], r)
+		case special != nil:
+			general = append(general, r)
+		}
+	}
+	if special == nil {
+		return rules, nil
+	}
+	return general, special
+}
+
+func newNames(k *keys, rules []*Rule, whole Listen, clash func(a, b *Rule)) *table {
+	size := bits.Len(uint(2*max(1, len(rules)) - 1))
 	t := &table{slots: make([]slot, 1<<size), shift: uint8(64 - size), ranged: map[*slot][]*Rule{}}
-	for _, r := range is.rules {
+	for _, r := range rules {
 		key, suffix := k.key(r.Name)
 		if key&0xff == wildKey {
 			t.wild.add(1 + strings.Count(suffix, "."))
 		}
 		s := t.slot(key, suffix)
 		s.key, s.suffix = key, suffix
-		t.add(s, r, is.Listen, clash)
+		t.add(s, r, whole, clash)
 	}
 	return t
 }
@@ -307,7 +382,31 @@ func newPort(k keys, port uint16, own, every *table) *Port {
 	if p.rest != nil && p.rest.Plain() {
 		p.Plain = p.rest
 	}
+	p.route(k, port)
 	return p
+}
+
+// route adds what is served to clients that offer a protocol.
+func (p *Port) route(k keys, port uint16) {
+	seen := map[string]bool{}
+	for _, t := range p.tables {
+		if t == nil {
+			continue
+		}
+		for protocol := range t.alpn {
+			seen[protocol] = true
+		}
+	}
+	for _, protocol := range slices.Sorted(maps.Keys(seen)) {
+		p.alpn = append(p.alpn, routing{protocol, newPort(k, port, p.tables[0].protocol(protocol), p.tables[1].protocol(protocol))})
+	}
+}
+
+func (t *table) protocol(name string) *table {
+	if t == nil {
+		return nil
+	}
+	return t.alpn[name]
 }
 
 func (t *table) unnamed(k *keys, port uint16) *Rule {

@@ -5,6 +5,7 @@ package natmap
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -192,8 +193,8 @@ func TestListensMergeWhatOverlaps(t *testing.T) {
 	}
 }
 
-// reference is Lookup by its definition.
-func reference(m *Map, addr netip.Addr, port uint16, name string) (*Rule, bool) {
+// reference is Match by its definition.
+func reference(m *Map, addr netip.Addr, port uint16, name string, offered []string) (*Rule, bool) {
 	var own, every []*Rule
 	plain := map[bool]*Rule{}
 	for _, r := range m.Rules {
@@ -217,10 +218,23 @@ func reference(m *Map, addr netip.Addr, port uint16, name string) (*Rule, bool) 
 	if len(own) > 0 && (plain[true] != nil || plain[false] != nil) {
 		rules = own
 	}
+	for _, protocol := range append(slices.Clone(offered), "") {
+		if r := referenceName(rules, name, protocol); r != nil {
+			return r, true
+		}
+	}
+	return nil, len(rules) > 0
+}
+
+// referenceName is the best of the rules for a protocol.
+func referenceName(rules []*Rule, name, protocol string) *Rule {
 	name = strings.TrimSuffix(name, ".")
 	var best *Rule
 	rank := -1
 	for _, r := range rules {
+		if r.Protocol != protocol {
+			continue
+		}
 		n := -1
 		switch suffix, wild := strings.CutPrefix(r.Name, "*"); {
 		case r.Name == "":
@@ -234,7 +248,7 @@ func reference(m *Map, addr netip.Addr, port uint16, name string) (*Rule, bool) 
 			best, rank = r, n
 		}
 	}
-	return best, len(rules) > 0
+	return best
 }
 
 func FuzzLookup(f *testing.F) {
@@ -267,16 +281,81 @@ func checkLookups(t *testing.T, m *Map, addr, name string, port uint16) {
 			a = anyAddr
 		}
 		for _, port := range ports {
-			p := m.Port(a, port)
 			for _, name := range names {
-				want, served := reference(m, a, port, name)
-				if (p != nil) != served {
-					t.Fatalf("%v:%d is served: %v, want %v\n%v", a, port, p != nil, served, m)
-				}
-				if p != nil && p.Lookup(name) != want {
-					t.Fatalf("%v:%d %q is served by %v, want %v\n%v", a, port, name, p.Lookup(name), want, m)
+				for _, offered := range [][]string{nil, {"y", "x", "h2"}} {
+					checkLookup(t, m, lookupOf{a, port, name, offered})
 				}
 			}
+		}
+	}
+}
+
+type lookupOf struct {
+	addr    netip.Addr
+	port    uint16
+	name    string
+	offered []string
+}
+
+func checkLookup(t *testing.T, m *Map, q lookupOf) {
+	t.Helper()
+	want, served := reference(m, q.addr, q.port, q.name, q.offered)
+	p := m.Port(q.addr, q.port)
+	if (p != nil) != served {
+		t.Fatalf("%v is served: %v, want %v\n%v", q, p != nil, served, m)
+	}
+	if p == nil {
+		return
+	}
+	if got := p.Match(q.name, q.offered); got != want {
+		t.Fatalf("%v is served by %v, want %v\n%v", q, got, want, m)
+	}
+	if p.Lookup(q.name) != p.Match(q.name, nil) {
+		t.Fatalf("%v: Lookup is not Match without a protocol", q)
+	}
+}
+
+// TestProtocolRoutes: a client that offers a protocol with a rule of its own gets that rule.
+func TestProtocolRoutes(t *testing.T) {
+	m := mustParse(t, `
+:443 api.bank.example                       -> app:1
+:443 alpn:acme-tls/1                        -> acme:1  mode=pass
+:443 alpn:acme-tls/1 own.bank.example       -> own:1   mode=pass
+:443 alpn:h2 alpn:http/1.1 *.bank.example   -> web:1
+192.0.2.1:443 alpn:h2 api.bank.example      -> here:1
+:444 alpn:h2 a.example                      -> only:1
+`)
+	for _, c := range []struct {
+		addr, name, offered, want string
+		port                      uint16
+	}{
+		{"", "api.bank.example", "", "app:1", 443},
+		{"", "api.bank.example", "imap", "app:1", 443},
+		{"", "api.bank.example", "acme-tls/1", "acme:1", 443},
+		{"", "own.bank.example", "acme-tls/1", "own:1", 443},
+		{"", "", "acme-tls/1", "acme:1", 443},
+		{"", "api.bank.example", "h2", "web:1", 443},
+		{"", "api.bank.example", "x http/1.1 acme-tls/1", "web:1", 443},
+		{"", "other.example", "h2", "-", 443},
+		{"192.0.2.1", "api.bank.example", "h2", "here:1", 443},
+		{"192.0.2.1", "x.bank.example", "h2", "web:1", 443},
+		{"192.0.2.1", "x.bank.example", "acme-tls/1", "acme:1", 443},
+		{"", "a.example", "h2", "only:1", 444},
+		{"", "a.example", "", "-", 444},
+		{"", "api.bank.example", strings.Repeat("x ", maxOffered) + "h2", "app:1", 443}, // beyond what is looked at
+	} {
+		a, _ := netip.ParseAddr(c.addr)
+		got := "-"
+		if r := m.Port(a, c.port).Match(c.name, strings.Fields(c.offered)); r != nil {
+			got = r.Backends[0].String()
+		}
+		if got != c.want {
+			t.Errorf("%+v: %s", c, got)
+		}
+	}
+	for _, r := range m.Rules {
+		if r.Protocol == "h2" && fmt.Sprint(r.Options.ALPN) != "[h2]" {
+			t.Errorf("%v agrees on %v", r, r.Options.ALPN)
 		}
 	}
 }

@@ -161,12 +161,13 @@ func (e *explanation) write() {
 		e.sayNoPort()
 		return
 	}
-	if e.rule = e.port.Lookup(e.question.name); e.rule == nil {
+	if e.rule = e.port.Match(e.question.name, e.question.alpn); e.rule == nil {
 		e.sayNoRule()
 		return
 	}
 	e.say("rule", fmt.Sprintf("%s:%d: %s", e.rule.Pos.File, e.rule.Pos.Line, statement(&e.config.Settings, e.rule.Pos)))
 	e.say("because", e.because()...)
+	e.sayGate()
 	e.say("does", e.does())
 	e.sayCertificates()
 	e.sayALPN()
@@ -288,6 +289,9 @@ func statement(s *gateway.Settings, at natmap.Pos) string {
 // because says what made the choice.
 func (e *explanation) because() (why []string) {
 	r := e.rule
+	if r.Protocol != "" {
+		why = append(why, "it is for clients that offer "+r.Protocol+", which beats every rule that is not for a protocol")
+	}
 	switch {
 	case r.Plain():
 		why = append(why, "it is alone on this port: "+word(r)+" reads no ClientHello, so no name decides")
@@ -304,6 +308,32 @@ func (e *explanation) because() (why []string) {
 		why = append(why, "it is for the address "+r.Listen.Addr.String()+", which beats a rule for every address with the same name")
 	}
 	return why
+}
+
+// sayGate says whether the client's address may come in, and which line of which list decides that.
+func (e *explanation) sayGate() {
+	set, from := e.config.Gate(e.rule), e.question.from
+	switch {
+	case set == nil:
+		return
+	case !from.IsValid():
+		e.say("gate", "not everybody may come in: write --from ADDRESS to see who may")
+		return
+	case e.config.Settings.Trusts(from):
+		e.say("gate", "decides about the client that the PROXY header names, not about "+from.String())
+		return
+	}
+	d := set.Decide(from)
+	why := "none of the prefixes holds " + from.String()
+	if d.Prefix.IsValid() {
+		why = d.Prefix.String() + " is the longest prefix that holds it, at " + d.Place
+	}
+	if d.Allow {
+		e.say("gate", "lets it in: "+why)
+		return
+	}
+	e.say("gate", "refuses it: "+why)
+	e.say("client sees", "a reset; the log has outcome denied")
 }
 
 // word is what the rule does as the map writes it.
@@ -532,6 +562,9 @@ func (e *explanation) option(key string) (value, from string) {
 			return s.Value, fmt.Sprintf("the rule, %s:%d", s.Pos.File, s.Pos.Line)
 		}
 	}
+	if key == "alpn" && e.rule.Protocol != "" {
+		return e.rule.Protocol, "what the rule is for"
+	}
 	if setting := settingOf[key]; setting != "" {
 		return e.setting(setting)
 	}
@@ -542,7 +575,8 @@ func (e *explanation) option(key string) (value, from string) {
 var (
 	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS", "ktls": "KTLS"}
 	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
-		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on"}
+		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on",
+		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off"}
 )
 
 // setting is the value of a setting as its author wrote it.

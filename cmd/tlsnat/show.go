@@ -136,7 +136,11 @@ func showMap(w io.Writer, a admin.MapAnswer) {
 		if to == "" {
 			to = r.Action
 		}
-		row(w, r.Listen, r.Name, to, r.Mode, r.Open, r.Total, r.Rule)
+		name := r.Name
+		if r.Protocol != "" {
+			name = strings.TrimSpace("alpn:" + r.Protocol + " " + name)
+		}
+		row(w, r.Listen, name, to, r.Mode, r.Open, r.Total, r.Rule)
 	}
 	more(w, len(a.Rules), a.Total)
 }

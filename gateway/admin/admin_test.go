@@ -860,7 +860,7 @@ func TestNamesInTheAPIStay(t *testing.T) {
 	b := start(t)
 	b.mixed(t)
 	for what, want := range map[string]string{
-		"status":      "accept_pauses bytes certificates connections draining generation handshakes ktls listen log_lines_dropped loops per_loop ports reloads rules started version",
+		"status":      "accept_pauses bytes certificates connections draining gate generation handshakes ktls listen log_lines_dropped loops per_loop ports reloads rules started version",
 		"map":         "generation rules total",
 		"conns":       "connections ended total",
 		"certs":       "certificates total",

@@ -44,6 +44,9 @@ var (
 	loopLagDesc    = desc("loop_longest_round_seconds", "The longest round of each event loop since the start.", "loop")
 	ktlsDesc       = desc("ktls_halves_total", "Directions of TLS connections that streamed and went to the kernel: tx is what is sent.", "direction")
 	fallbackDesc   = desc("ktls_fallbacks_total", "Directions of TLS connections that streamed and stayed in user space, by why.", "reason")
+	refusedDesc    = desc("refused_total", "Connections that were turned away, by the limit that they met.", "reason")
+	entriesDesc    = desc("table_entries", "Entries of what grows with what clients do, and of the lists of the map.", "table")
+	tableLimitDesc = desc("table_entries_limit", "Entries that the table can have; 0 while it is not needed.", "table")
 	certDesc       = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, of the "+strconv.Itoa(certGauges)+" that expire first.", "name", "key", "file")
 	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
 )
@@ -70,6 +73,10 @@ var plainMetrics = []struct {
 		func(s *gateway.Status) float64 { return float64(s.AcceptPauses) }},
 	{desc("log_lines_dropped_total", "Log lines dropped because whatever they are written to did not take them."), prometheus.CounterValue,
 		func(s *gateway.Status) float64 { return float64(s.LinesDropped) }},
+	{desc("bandwidth_pauses_total", "Times that a stream waited for its bandwidth="), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.Gate.Paused) }},
+	{desc("log_lines_withheld_total", "Connections without a line of their own in the log, because their client had many like it. They are counted there."), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.Gate.Unlogged) }},
 	{desc("draining", "1 while the gateway drains."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return number(s.Draining) }},
 	{desc("config_generation", "Number of the configuration that new connections get."), prometheus.GaugeValue,
@@ -91,7 +98,7 @@ func number(b bool) float64 {
 
 // Describe and Collect make the Server a prometheus.Collector.
 func (s *Server) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, ktlsDesc, fallbackDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
+	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc, fallbackDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
 		to <- d
 	}
 	for i := range plainMetrics {
@@ -128,6 +135,13 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	send(ktlsDesc, prometheus.CounterValue, float64(status.Kernel.RX), "rx")
 	for reason, n := range status.Kernel.Fallbacks {
 		send(fallbackDesc, prometheus.CounterValue, float64(n), reason)
+	}
+	for reason, n := range status.Gate.Refused {
+		send(refusedDesc, prometheus.CounterValue, float64(n), reason)
+	}
+	for _, t := range status.Gate.Tables {
+		send(entriesDesc, prometheus.GaugeValue, float64(t.Entries), t.Name)
+		send(tableLimitDesc, prometheus.GaugeValue, float64(t.Limit), t.Name)
 	}
 	s.collectCerts(send)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import "math"
+
+const (
+	// Streams with a bandwidth go on in ticks of 2^24 ns, 16.8 ms: sixty times a second is smooth, and what a loop spends
+	// on waking does not grow with how many wait.
+	paceShift = 24
+	// 64 slots reach a second ahead. One that waits longer is woken then, and waits on.
+	paceSlots = 64
+
+	noEnd = math.MaxInt
+)
+
+// pacer wakes the streams that have used up their bandwidth (bandwidth=). While none has it costs nothing.
+type pacer struct {
+	slots [paceSlots][]paused
+	n     int
+	done  int64 // the tick up to which everything is woken
+}
+
+// paused is a direction of a connection that waits.
+type paused struct {
+	c *conn
+	f *flow
+}
+
+// pause says whether a flow waits for its bandwidth.
+type pause uint8
+
+const (
+	noPause pause = iota
+	waiting
+	woken // it has waited, and its source had more all the time
+)
+
+// moveAtPace is move for a rule with a bandwidth: as much as there is room for, and when there's none the pacer goes on
+// later. It returns -1 then. What is read is counted, so that records, pipes and copies count alike; a piece that is
+// larger than the room (a record opens only whole) is paid for by waiting longer.
+func (c *conn) moveAtPace(f *flow, from, to *socket) int {
+	if f.pause == waiting {
+		return -1
+	}
+	l, pace := c.loop, c.route.pace
+	room := pace.Room(&f.paid, l.now, f.pause == woken)
+	if room == 0 {
+		f.pause = waiting
+		l.counters.paused.Add(1)
+		l.pacer.add(paused{c, f}, pace.Due(f.paid))
+		return -1
+	}
+	before := f.moved
+	l.most = room
+	n := c.move(f, from, to)
+	l.most = noEnd
+	pace.Spend(&f.paid, int(f.moved-before))
+	if !from.readable {
+		f.pause = noPause
+	}
+	return n
+}
+
+// add has a stream woken when it is due (loop nanoseconds).
+func (p *pacer) add(w paused, due int64) {
+	tick := min(max(due>>paceShift, p.done)+1, p.done+paceSlots-1)
+	p.slots[tick%paceSlots] = append(p.slots[tick%paceSlots], w)
+	p.n++
+}
+
+// fire wakes whoever is due at now.
+func (p *pacer) fire(now int64) {
+	for tick := now >> paceShift; p.done < tick; {
+		if p.n == 0 {
+			p.done = tick
+			return
+		}
+		p.done++
+		slot := &p.slots[p.done%paceSlots]
+		for i, w := range *slot {
+			(*slot)[i] = paused{}
+			p.n--
+			w.f.pause = woken
+			if w.c.stage == relaying {
+				w.c.advance()
+			}
+		}
+		*slot = (*slot)[:0] // nothing was added to it meanwhile: add looks ahead, but never a whole round
+	}
+}
+
+// next is when fire has something to do, in loop nanoseconds; 0: never.
+func (p *pacer) next() int64 {
+	if p.n == 0 {
+		return 0
+	}
+	tick := p.done + 1
+	for len(p.slots[tick%paceSlots]) == 0 {
+		tick++
+	}
+	return tick << paceShift
+}
