@@ -42,7 +42,7 @@ type option struct {
 	show func(o *Options) string
 }
 
-var options = []option{
+var options = slices.Concat([]option{
 	{
 		key: "mode", value: "terminate|pass|tcp", uses: terminate | pass | tcp | demo,
 		help: "terminate: TLS ends here; pass: route on the name, touch nothing; tcp: look at nothing (default terminate)",
@@ -131,7 +131,7 @@ var options = []option{
 			return verifyWords[0]
 		},
 	},
-}
+}, startTLSOptions)
 
 func setBackendName(p *parser, o *Options, v token) {
 	v.text = strings.TrimSuffix(v.text, ".")
@@ -496,6 +496,7 @@ func (p *parser) settle(d *draft) {
 		}
 	}
 	p.checkMode(d, mode)
+	p.checkStartTLS(d)
 }
 
 // modeRow is the index of mode in options: it decides what the others mean.
@@ -535,7 +536,8 @@ func (p *parser) checkMode(d *draft, mode *assignment) {
 	case d.Options.Mode == TCP && d.named():
 		p.fault(d.left[1], says+" reads nothing, so it cannot tell names apart", "remove the name, or write mode=pass")
 	case d.Options.Mode == Pass && d.encrypts():
-		p.fault(d.tls, says+" leaves TLS as the client sent it, so it cannot encrypt to a backend once more", "write "+clip(strings.TrimPrefix(d.tls.text, "tls://"))+", or mode=terminate")
+		plain, _, _ := tlsScheme(d.tls)
+		p.fault(d.tls, says+" leaves TLS as the client sent it, so it cannot encrypt to a backend once more", "write "+clip(plain.text)+", or mode=terminate")
 	case d.Options.Mode == TCP && d.encrypts() && d.Options.BackendName == NameOfClient:
 		p.fault(d.tls, says+" reads no name, so backend-name=sni has none for this backend", "write backend-name= with a name, or mode=terminate")
 	}
