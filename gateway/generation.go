@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -42,6 +43,11 @@ type portRules struct {
 	rules  *natmap.Port
 	plain  *route // of a port whose bytes are not looked at
 	routes map[*natmap.Rule]*route
+
+	first   stage             // of its connections, behind a PROXY header
+	eager   bool              // they go on without a byte of the client's
+	prelude starttls.Protocol // what they speak before TLS
+	host    string            // what we call ourselves in it
 }
 
 func (p *portRules) lookup(name string) *route {
@@ -118,9 +124,10 @@ func fallback(d, setting time.Duration) time.Duration {
 // profileFor is the profile of the rule's TLS options, shared with the other rules that have the same.
 func (g *Gateway) profileFor(gen, last *generation, rule *natmap.Rule) *profile {
 	minTLS := cmp.Or(rule.Options.MinTLS, g.settings.minTLS())
-	key := fmt.Sprint(minTLS, rule.Options.ALPN)
+	alpn := rule.Options.Protocols()
+	key := fmt.Sprint(minTLS, alpn)
 	if gen.profiles[key] == nil {
-		gen.profiles[key] = cmp.Or(last.profiles[key], newProfile(g, minTLS, rule.Options.ALPN))
+		gen.profiles[key] = cmp.Or(last.profiles[key], newProfile(g, minTLS, alpn))
 	}
 	return gen.profiles[key]
 }
@@ -141,7 +148,7 @@ func (gen *generation) addBackends(r *route) {
 	var weights []int
 	for i := range r.rule.Backends {
 		spec := &r.rule.Backends[i]
-		b := &backend{spec: spec}
+		b := &backend{spec: spec, speech: speechOf(r.rule, spec)}
 		if spec.TLS {
 			b.tickets = &tickets{}
 		}
@@ -166,6 +173,7 @@ func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 	if p != nil && !p.Sniff() {
 		rules.plain = gen.routes[p.Plain]
 	}
+	rules.begins(gen)
 	return rules
 }
 

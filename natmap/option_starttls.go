@@ -39,6 +39,16 @@ var startTLSOptions = []option{{
 	show: func(o *Options) string { return o.StartTLS.String() },
 }}
 
+// Protocols are the application protocols offered to the client: those of alpn=, and
+// without it postgresql where that may begin with TLS at once, which its clients then
+// insist on ("Frontend/Backend Protocol", section "SSL Session Encryption").
+func (o *Options) Protocols() []string {
+	if len(o.ALPN) == 0 && o.StartTLS == StartTLSPostgres {
+		return []string{"postgresql"}
+	}
+	return o.ALPN
+}
+
 // tlsScheme cuts tls:// or tls+PROTOCOL:// off a backend.
 func tlsScheme(t token) (addr token, isTLS bool, first StartTLS) {
 	if addr, isTLS = t.cutPrefix("tls://"); isTLS {
