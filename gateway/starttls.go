@@ -353,6 +353,7 @@ func (c *conn) translated(f *flow, to *socket, b []byte) {
 		b = t.bridge.Down(nil, b)
 	}
 	if err != nil {
+		c.tell(BadHello, "mysql: "+err.Error()) // a greeting's error is told already
 		return
 	}
 	c.sendPlain(f, to, b)
@@ -370,6 +371,8 @@ func (c *conn) takeGreeting(b []byte) (rest []byte, err error) {
 	switch {
 	case err != nil:
 		c.tell(ConnectFailed, c.dial.name()+": "+c.dial.backend.speaks.String()+": "+err.Error())
+		c.report.alertSent = alertInternalError
+		c.send(&c.down, &c.client, c.client.tls.writer.AppendAlert(nil, alertInternalError))
 	case step == starttls.Greeted:
 		rest = t.heard
 		c.dial.talk, c.stage = nil, relaying

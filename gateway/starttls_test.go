@@ -252,6 +252,9 @@ func mariadb(t testing.TB, settings ...string) (port, socket string) {
 	port, socket = fmt.Sprint(freePorts(t, 1)[0]), filepath.Join(dir, "s")
 	args := append([]string{"--no-defaults", "--datadir=" + data, "--port=" + port, "--socket=" + socket, "--bind-address=127.0.0.1",
 		"--skip-name-resolve", "--init-file=" + users, "--pid-file=" + filepath.Join(dir, "pid"), "--innodb-flush-method=nosync"}, settings...)
+	for i := range args {
+		args[i] = fileFor(t, as, dir, args[i])
+	}
 	cmd := as2(command(t, daemon, args...))
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	server(t, cmd, "127.0.0.1:"+port)
@@ -309,6 +312,31 @@ func (b *bed) openSSL(t testing.TB, i int, protocol string) {
 		t.Errorf("s_client says %s", out)
 	}
 	b.next(t).expect(t, logLine{SNI: "edge.test", TLS: "1.3"})
+}
+
+// TestMySQLLoginThatIsNone: what comes instead of a login inside TLS goes to nobody.
+func TestMySQLLoginThatIsNone(t *testing.T) {
+	greeting := "\x4a\x00\x00\x00\x0a8.0.36\x00\x07\x00\x00\x0012345678\x00\xff\xf7\x2d\x02\x00\xff\x81\x15" + strings.Repeat("\x00", 10) +
+		"123456789012\x00mysql_native_password\x00"
+	greeting = string(rune(len(greeting)-4)) + greeting[1:]
+	heard := make(chan string, 1)
+	backend := serve(t, func(c *net.TCPConn) {
+		_, _ = io.WriteString(c, greeting)
+		b, _ := io.ReadAll(c)
+		heard <- string(b)
+	})
+	b := start(t, ":{0} -> "+backend+" starttls=mysql cert=edge.test")
+	c := b.dial(t, 0)
+	say(t, c, "\x20\x00\x00\x01\x00\xaa\x00\x00"+strings.Repeat("\x00", 28), strings.Replace(greeting, "\xff\xf7", "\xff\xff", 1))
+	s := tls.Client(c, clientConfig(t, nil))
+	_, _ = io.WriteString(s, "\x05\x00\x00\x00\x03drop")
+	if rest, _ := io.ReadAll(s); len(rest) > 0 {
+		t.Errorf("the answer is %q", rest)
+	}
+	if got := <-heard; got != "" {
+		t.Errorf("the backend hears %q", got)
+	}
+	b.lineOf(t, c).expect(t, logLine{Outcome: "bad_hello", Stage: "login", TLS: "1.3"})
 }
 
 // slapd runs a directory of one entry, and returns its address.
@@ -512,16 +540,9 @@ func TestBackendThatDoesNotGreetIsPassedOver(t *testing.T) {
 
 // TestMailThroughPass: the backend is asked as the client has asked, and shows its own certificate.
 func TestMailThroughPass(t *testing.T) {
-	a := pki(t)
 	for _, protocol := range []string{"smtp", "imap", "pop3", "ldap"} {
 		t.Run(protocol, func(t *testing.T) {
-			backend := serve(t, func(c *net.TCPConn) {
-				startTLSAs(t, c, protocol)
-				s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{a.leaves["edge-ecdsa"].certificate(a)}})
-				script{}.speak(s)
-				_ = s.CloseWrite()
-			})
-			b := start(t, ":{0} edge.test -> "+backend+" mode=pass starttls="+protocol)
+			b := start(t, ":{0} edge.test -> "+encryptedServer(t, protocol, script{})+" mode=pass starttls="+protocol)
 			b.sClient(t, 0, "-starttls", protocol)
 			b.next(t).expectEnd(t, logLine{SNI: "edge.test", Mode: "pass"})
 		})
@@ -532,18 +553,131 @@ func TestMailThroughPass(t *testing.T) {
 func startTLSAs(t testing.TB, c net.Conn, protocol string) {
 	t.Helper()
 	type exchange struct{ hears, says string }
+	host, _ := os.Hostname() // what a port without a name of its own calls itself
 	for _, e := range map[string][]exchange{
 		"smtp": {{"", "220 mx\r\n"}, {"EHLO edge.test\r\n", "250-mx\r\n250 STARTTLS\r\n"}, {"STARTTLS\r\n", "220 go\r\n"}},
 		"imap": {{"", "* OK hi\r\n"}, {"tls STARTTLS\r\n", "tls OK go\r\n"}},
 		"pop3": {{"", "+OK hi\r\n"}, {"STLS\r\n", "+OK go\r\n"}},
 		"ldap": {{"\x30\x1d\x02\x01\x01\x77\x18\x80\x161.3.6.1.4.1.1466.20037", "\x30\x0c\x02\x01\x01\x78\x07\x0a\x01\x00\x04\x00\x04\x00"}},
 	}[protocol] {
-		b := make([]byte, len(e.hears))
-		if _, err := io.ReadFull(c, b); err != nil || string(b) != e.hears {
-			t.Errorf("%s: the backend hears %q, %v; wants %q", protocol, b, err, e.hears)
+		if heard, err := readAs(c, e.hears); err != nil || heard != e.hears && heard != strings.Replace(e.hears, "edge.test", host, 1) {
+			t.Errorf("%s: the backend hears %q, %v; wants %q", protocol, heard, err, e.hears)
 			return
 		}
 		_, _ = io.WriteString(c, e.says)
+	}
+}
+
+// readAs reads a line if like is one, and else as many bytes as that has, and not one more.
+func readAs(c net.Conn, like string) (string, error) {
+	var b []byte
+	for one := make([]byte, 1); ; b = append(b, one...) {
+		if isLine := strings.HasSuffix(like, "\n"); isLine && strings.HasSuffix(string(b), "\n") || !isLine && len(b) == len(like) {
+			return string(b), nil
+		}
+		if _, err := io.ReadFull(c, one); err != nil {
+			return string(b), err
+		}
+	}
+}
+
+const verifiesBackends = " backend-ca=root backend-name=edge.test"
+
+// encryptedServer is a backend that is asked for TLS, or with "" has TLS from the first byte on, and then goes on with
+// its script.
+func encryptedServer(t testing.TB, protocol string, inside script) string {
+	a := pki(t)
+	return serve(t, func(c *net.TCPConn) {
+		if protocol != "" {
+			startTLSAs(t, c, protocol)
+		}
+		s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{a.leaves["edge-ecdsa"].certificate(a)}})
+		inside.speak(s)
+		_ = s.CloseWrite()
+	})
+}
+
+// TestBackendsAreAskedForTLS: by tls+PROTOCOL://, for clients that have asked for it themselves, for those that begin with
+// TLS, and for those without. These two have had no greeting yet, and get the backend's.
+func TestBackendsAreAskedForTLS(t *testing.T) {
+	for protocol, greeting := range map[string]string{"smtp": "220 mx\r\n", "imap": "* OK hi\r\n", "pop3": "+OK hi\r\n", "ldap": ""} {
+		t.Run(protocol, func(t *testing.T) {
+			to := "tls+" + protocol + "://" + encryptedServer(t, protocol, script{}) + verifiesBackends
+			b := start(t, ":{0} edge.test -> "+to+" starttls="+protocol+"\n:{1} edge.test -> "+to+"\n:{2} -> "+to+" mode=tcp", trusting(t))
+			b.sClient(t, 0, "-starttls", protocol)
+			b.next(t).expectEnd(t, logLine{TLS: "1.3", BackendTLS: "1.3"})
+			encrypted, plain := b.dialTLS(t, 1, nil), b.dial(t, 2)
+			for i, c := range []net.Conn{encrypted, plain} {
+				say(t, c, "", greeting)
+				say(t, c, "hello\r\n", "you said hello\r\n")
+				_ = c.Close()
+				b.next(t).expectEnd(t, logLine{Mode: []string{"terminate", "tcp"}[i], BackendTLS: "1.3"})
+			}
+		})
+	}
+}
+
+// TestGreetingInsideTLSIsTakenOff: a backend with TLS from the first byte on greets a client that has been greeted.
+func TestGreetingInsideTLSIsTakenOff(t *testing.T) {
+	good, busy := encryptedServer(t, "", mailScript), encryptedServer(t, "", script{greeting: "421 later\r\n"})
+	b := start(t, ":{0} edge.test -> tls://"+good+" starttls=smtp"+verifiesBackends+"\n:{1} edge.test -> tls://"+busy+" starttls=smtp"+verifiesBackends, trusting(t))
+	b.curlUpgrades(t, 0, "Subject: x\r\n\r\nhello\r\n", "smtp://"+b.hostArg(0), "--mail-from", "a@a.test", "--mail-rcpt", "b@b.test", "-T", "-")
+	b.next(t).expectEnd(t, logLine{TLS: "1.3", BackendTLS: "1.3"})
+	c := b.dial(t, 1)
+	say(t, c, "STARTTLS\r\n", "220 edge.test ESMTP\r\n"+tlsAnswer)
+	s := tls.Client(c, clientConfig(t, nil))
+	_, _ = io.WriteString(s, "EHLO me\r\n")
+	if answer, err := io.ReadAll(s); err == nil || len(answer) > 0 {
+		t.Errorf("%q, %v", answer, err)
+	}
+	b.lineOf(t, c).expect(t, logLine{Outcome: "connect_failed", Stage: "login", Alert: "internal_error", Error: busy + `: smtp: it says "421 later"`})
+}
+
+func TestPostgreSQLIsAskedForTLS(t *testing.T) {
+	secure, plain := "127.0.0.1:"+postgres(t, postgresTLS(t)...), "127.0.0.1:"+postgres(t)
+	b := start(t, ":{0} edge.test -> tls+postgres://"+secure+" starttls=postgres"+verifiesBackends+"\n"+
+		":{0} *.wild.test -> tls+postgres://"+plain+" starttls=postgres"+verifiesBackends, trusting(t))
+	verified := "sslmode=verify-full sslrootcert=" + pki(t).rootFile(t)
+	if out, err := b.psql(t, 0, verified, "select 6 * 7", asksWhoSees, "select length(repeat('x', 3000000))"); out != "42\nt\n3000000\n" {
+		t.Errorf("psql says %q, %v", out, err)
+	}
+	b.next(t).expectEnd(t, logLine{TLS: "1.3", BackendTLS: "1.3", ALPN: ""})
+	if out, err := b.psql(t, 0, "host=a.wild.test sslmode=require", "select 1"); err == nil {
+		t.Errorf("psql says %q", out)
+	}
+	b.next(t).expect(t, logLine{Outcome: "connect_failed", Error: plain + ": postgres: it does not offer TLS (ssl = off)"})
+}
+
+func TestMariaDBIsAskedForTLS(t *testing.T) {
+	a := pki(t)
+	port, _ := mariadb(t, "--ssl-cert="+string(a.chainPEM("edge-rsa")), "--ssl-key="+string(a.leaves["edge-rsa"].keyPEM()))
+	plain, _ := mariadb(t, "--skip-ssl")
+	b := start(t, ":{0} -> tls+mysql://127.0.0.1:"+plain+" tls+mysql://127.0.0.1:"+port+" starttls=mysql cert=edge.test"+verifiesBackends, trusting(t))
+	for range 2 {
+		out, err := b.mysql(t, 0, "--ssl", "--ssl-ca="+a.rootFile(t), "-psecret", "-e", "show status like 'Ssl_version'; select length(repeat('x', 3000000))")
+		if out != "Ssl_version\tTLSv1.3\n3000000\n" || err != nil {
+			t.Errorf("mariadb says %.200q, %v", out, err)
+		}
+		b.next(t).expectEnd(t, logLine{TLS: "1.3", BackendTLS: "1.3", Backend: "127.0.0.1:" + port})
+	}
+}
+
+// TestPROXYHeaderComesBeforeTheQuestion: and once.
+func TestPROXYHeaderComesBeforeTheQuestion(t *testing.T) {
+	a := pki(t)
+	heard := make(chan string, 1)
+	backend := serve(t, func(c *net.TCPConn) {
+		header, _ := readAs(c, "\n")
+		heard <- header
+		startTLSAs(t, c, "smtp")
+		script{}.speak(tls.Server(c, &tls.Config{Certificates: []tls.Certificate{a.leaves["edge-ecdsa"].certificate(a)}}))
+	})
+	b := start(t, ":{0} edge.test -> tls+smtp://"+backend+" proxy=v1 starttls=smtp"+verifiesBackends, trusting(t))
+	c := b.dial(t, 0)
+	say(t, c, "STARTTLS\r\n", "220 edge.test ESMTP\r\n"+tlsAnswer)
+	say(t, tls.Client(c, clientConfig(t, nil)), "hello\r\n", "you said hello\r\n")
+	if header := <-heard; !strings.HasPrefix(header, "PROXY TCP4 127.0.0.1 127.0.0.1 ") {
+		t.Errorf("the backend hears %q first", header)
 	}
 }
 
