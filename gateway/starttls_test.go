@@ -179,10 +179,10 @@ func TestPostgreSQLThroughPass(t *testing.T) {
 	b.next(t).expect(t, logLine{Outcome: "denied"})
 }
 
-// postgresTLS are the settings of a server with TLS, whose key it can read.
+// postgresTLS are the settings of a server with TLS. The edge shows clients of PostgreSQL its other certificate.
 func postgresTLS(t testing.TB) []string {
 	a := pki(t)
-	return []string{"ssl=on", "ssl_cert_file=" + string(a.chainPEM("edge-ecdsa")), "ssl_key_file=" + string(a.leaves["edge-ecdsa"].keyPEM())}
+	return []string{"ssl=on", "ssl_cert_file=" + string(a.chainPEM("edge-rsa")), "ssl_key_file=" + string(a.leaves["edge-rsa"].keyPEM())}
 }
 
 // TestPostgreSQLDirectTLS is what libpq 17 does with sslnegotiation=direct: TLS at once, with the ALPN that it insists on.
@@ -646,6 +646,38 @@ func TestPostgreSQLIsAskedForTLS(t *testing.T) {
 		t.Errorf("psql says %q", out)
 	}
 	b.next(t).expect(t, logLine{Outcome: "connect_failed", Error: plain + ": postgres: it does not offer TLS (ssl = off)"})
+}
+
+// TestSCRAMKnowsWhoseTLSItIs: a password is bound to the certificate that the server shows. A plain backend shows none, with
+// mode=pass the client sees it, and where the edge shows another one the client has to leave that out.
+func TestSCRAMKnowsWhoseTLSItIs(t *testing.T) {
+	secure, plain := postgres(t, postgresTLS(t)...), postgres(t)
+	for _, port := range []string{secure, plain} {
+		psql := func(sql string) string {
+			args := []string{"-h", "127.0.0.1", "-p", port, "-U", "tester", "-d", "postgres", "-X", "-q", "-A", "-t", "-c", sql}
+			return strings.TrimSpace(run(t, command(t, program(t, "psql", "postgresql-client"), args...), ""))
+		}
+		psql("alter user tester password 'secret'")
+		if err := os.WriteFile(psql("show hba_file"), []byte("host all all all scram-sha-256\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		psql("select pg_reload_conf()")
+	}
+	b := start(t, `
+		:{0} edge.test -> 127.0.0.1:`+plain+` starttls=postgres
+		:{1} edge.test -> 127.0.0.1:`+secure+` starttls=postgres mode=pass
+		:{2} edge.test -> tls+postgres://127.0.0.1:`+secure+` starttls=postgres`+verifiesBackends, trusting(t))
+	for _, tt := range []struct {
+		port    int
+		binding string
+		works   bool
+	}{{0, "prefer", true}, {1, "require", true}, {2, "prefer", false}, {2, "disable", true}} {
+		out, err := b.psql(t, tt.port, "sslmode=require password=secret channel_binding="+tt.binding, "select 6 * 7")
+		if works := out == "42\n" && err == nil; works != tt.works {
+			t.Errorf("port %d, channel_binding=%s: psql says %q, %v", tt.port, tt.binding, out, err)
+		}
+		b.next(t).expectEnd(t, logLine{SNI: "edge.test"})
+	}
 }
 
 func TestMariaDBIsAskedForTLS(t *testing.T) {
