@@ -76,14 +76,11 @@ func startTLSHint(scheme, rest string) string {
 
 // checkStartTLS complains about what the protocol of starttls= cannot do.
 func (p *parser) checkStartTLS(d *draft) {
-	if d.Action != Forward {
-		return
-	}
 	says, isMySQL := "starttls="+d.Options.StartTLS.String(), d.Options.StartTLS == StartTLSMySQL
 	switch {
 	case isMySQL && d.named():
 		p.fault(d.left[1], says+": a server of MySQL speaks first, so its rule is chosen before the client can ask for a name", "remove the name, and give each server a port or an address of its own")
-	case isMySQL && d.Options.Mode == Pass:
+	case isMySQL && d.Action == Forward && d.Options.Mode == Pass:
 		p.fault(d.left[0], says+": a server of MySQL speaks first, so there is no name yet that mode=pass could read", "write mode=tcp without starttls=: TLS goes through it as well")
 	}
 	for _, b := range d.Backends {
