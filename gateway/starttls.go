@@ -372,7 +372,7 @@ func (c *conn) takeGreeting(b []byte) (rest []byte, err error) {
 	case err != nil:
 		c.tell(ConnectFailed, c.dial.name()+": "+c.dial.backend.speaks.String()+": "+err.Error())
 		c.report.alertSent = alertInternalError
-		c.send(&c.down, &c.client, c.client.tls.writer.AppendAlert(nil, alertInternalError))
+		c.say(&c.down, &c.client, alertInternalError)
 	case step == starttls.Greeted:
 		rest = t.heard
 		c.dial.talk, c.stage = nil, relaying
