@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/record"
+	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/sni"
 )
 
@@ -31,7 +32,9 @@ type conn struct {
 	lastWords bool  // an alert is on its way to the side that broke the protocol: no reset must overtake it
 	holds     uint8 // of the gate's counts (entrance.go)
 	skimmed   int32
-	slot      uint32 // 1 + where its address is counted (conns-per-ip=); 0: nowhere
+	slot      uint32          // 1 + where its address is counted (conns-per-ip=); 0: nowhere
+	prelude   starttls.Server // what the client has asked for before TLS
+	cancels   bool            // it has sent nothing but a CancelRequest of PostgreSQL, in the clear
 
 	undelivered int // bytes that were on their way when a reset was about to be carried over
 
@@ -107,14 +110,17 @@ type stage uint8
 
 const (
 	readingProxy stage = iota
+	readingPrelude
 	readingHello
 	matching
 	waitingTurn
 	shakingHands
 	connecting
+	asking
 	waitingEncryption
 	encrypting
 	greeting
+	translating
 	relaying
 	readingRequest
 	lingering
@@ -122,9 +128,9 @@ const (
 	over
 )
 
-var stageNames = [...]string{"proxy_header", "hello", "match", "handshake_queue", "handshake", "connect",
-	"backend_tls_queue", "backend_tls", "proxy_out",
-	"relay", "http_request", "linger", "reset", "over"}
+var stageNames = [...]string{"proxy_header", "starttls", "hello", "match", "handshake_queue", "handshake", "connect",
+	"backend_starttls", "backend_tls_queue", "backend_tls", "proxy_out",
+	"login", "relay", "http_request", "linger", "reset", "over"}
 
 func (s stage) String() string { return stageNames[s] }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/gateway/ktls"
+	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -22,6 +23,8 @@ type backend struct {
 	demo  bool
 
 	tickets *tickets // of a tls:// backend; nil: it's plain
+
+	speech // what comes before TLS, or before anything else
 }
 
 // dialling is the search for a backend that answers.
@@ -35,10 +38,16 @@ type dialling struct {
 	target  netip.AddrPort
 	errs    []string
 	hs      *encrypter // shakes hands with the backend
+
+	talk       *talk // with a backend that speaks before TLS
+	introduced bool  // the PROXY header has gone
 }
 
 // startConnect begins the search: the backend whose turn it is, then the others, then those marked /backup.
 func (c *conn) startConnect() stage {
+	if c.dial != nil { // MySQL: it greets before TLS
+		return c.resume()
+	}
 	l := c.loop
 	c.stage = connecting
 	c.dial = &dialling{first: c.route.pick(l), started: l.now, until: l.now + int64(c.route.connect)}
@@ -49,6 +58,10 @@ func (c *conn) startConnect() stage {
 func (c *conn) nextBackend(why string) stage {
 	d := c.dial
 	d.failed(why)
+	if d.talk != nil && d.talk.passed {
+		return c.unconnected(ConnectFailed, strings.Join(d.errs, "; "))
+	}
+	d.talk, d.introduced = nil, false
 	c.loop.closeSocket(&c.backend)
 	c.backend = socket{fd: -1, owner: c}
 	return c.tryBackends()
@@ -193,7 +206,15 @@ func (c *conn) connect() stage {
 func (c *conn) connected() stage {
 	c.backend.writable = true
 	c.report.connectTime = c.loop.now - c.dial.started
-	if c.dial.backend.tickets != nil {
+	if b := c.dial.backend; b.speaks != starttls.Off && !b.inside && !c.cancels {
+		return c.startAsking()
+	}
+	return c.reached()
+}
+
+// reached is where the backend has said what it says before TLS.
+func (c *conn) reached() stage {
+	if c.dial.backend.tickets != nil && !c.cancels {
 		return c.encrypt()
 	}
 	return c.found()
@@ -213,6 +234,9 @@ func (c *conn) unconnected(o Outcome, why string) stage {
 	if s := c.client.tls; s != nil {
 		c.report.alertSent = alertInternalError
 		return c.answerAndLinger(s.writer.AppendAlert(nil, alertInternalError))
+	}
+	if c.prelude.Protocol == starttls.MySQL && c.dial.talk == nil { // who waits for a greeting
+		return c.answerAndLinger(starttls.MySQLRefusal(nil, "no server answers"))
 	}
 	abort(&c.client)
 	return c.finish(o, why)

@@ -217,7 +217,10 @@ func newEncrypter(c *conn) *encrypter {
 	}
 	h.wire.news = make(chan struct{}, 1)
 	h.wire.begin(c.loop, &c.backend, nil)
-	h.wire.toBackend, h.wire.preface = true, c.proxyHeader()
+	h.wire.toBackend = true
+	if !d.introduced {
+		h.wire.preface = c.proxyHeader()
+	}
 	return h
 }
 

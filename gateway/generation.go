@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -44,7 +45,15 @@ type portRules struct {
 	plain  *route    // of a port whose bytes are not looked at
 	gate   *entrance // nil: nothing is looked at before the hello
 	routes map[*natmap.Rule]*route
+
+	first   stage             // of its connections, behind a PROXY header
+	eager   bool              // they go on without a byte of the client's
+	prelude starttls.Protocol // what they speak before TLS
+	host    string            // what we call ourselves in it
 }
+
+// lookup is the route of those who have no hello to offer a protocol in.
+func (p *portRules) lookup(name string) *route { return p.match(name, nil) }
 
 func (p *portRules) match(name string, offered []string) *route {
 	rule := p.rules.Match(name, offered)
@@ -121,9 +130,10 @@ func fallback(d, setting time.Duration) time.Duration {
 // profileFor is the profile of the rule's TLS options, shared with the other rules that have the same.
 func (g *Gateway) profileFor(gen, last *generation, rule *natmap.Rule) *profile {
 	minTLS := cmp.Or(rule.Options.MinTLS, g.settings.minTLS())
-	key := fmt.Sprint(minTLS, rule.Options.ALPN)
+	alpn := rule.Options.Protocols()
+	key := fmt.Sprint(minTLS, alpn)
 	if gen.profiles[key] == nil {
-		gen.profiles[key] = cmp.Or(last.profiles[key], newProfile(g, minTLS, rule.Options.ALPN))
+		gen.profiles[key] = cmp.Or(last.profiles[key], newProfile(g, minTLS, alpn))
 	}
 	return gen.profiles[key]
 }
@@ -144,7 +154,7 @@ func (gen *generation) addBackends(r *route) {
 	var weights []int
 	for i := range r.rule.Backends {
 		spec := &r.rule.Backends[i]
-		b := &backend{spec: spec}
+		b := &backend{spec: spec, speech: speechOf(r.rule, spec)}
 		if spec.TLS {
 			b.tickets = &tickets{}
 		}
@@ -170,6 +180,7 @@ func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 		rules.plain = gen.routes[p.Plain]
 	}
 	rules.gate = gen.gates.at(endpoint{addr, port}, rules.plain)
+	rules.begins(gen)
 	return rules
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 	"github.com/tlsnat/tlsnat/sni"
 )
@@ -71,6 +72,9 @@ func (c *conn) endedEarly(errno unix.Errno) stage {
 
 // notTLS answers bytes that are no ClientHello: in plain HTTP if that is what was spoken, else with an alert.
 func (c *conn) notTLS(b []byte, err error) stage {
+	if c.prelude.Protocol != starttls.Off {
+		return c.refuse(BadHello, alertDecodeError, "behind the request for TLS: "+err.Error())
+	}
 	if startsProxyHeader(b) {
 		return c.refuse(BadProxy, alertDecodeError,
 			"a PROXY header from "+c.report.peer.Addr().String()+", which is not in "+Prefix+"PROXY_FROM")
@@ -91,6 +95,9 @@ var plainHTTPAnswer = fmt.Sprintf("HTTP/1.1 400 Bad Request\r\nContent-Type: tex
 func (c *conn) match() stage {
 	h := &c.loop.hello
 	c.report.helloed(h, c.loop.now)
+	if c.route != nil { // MySQL's, whose gate it has passed
+		return c.serve()
+	}
 	r := c.port.match(c.report.sni, h.ALPN)
 	if r == nil {
 		return c.refuse(UnknownName, alertUnrecognizedName, unknownName(c.report.sni))

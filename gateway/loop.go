@@ -209,7 +209,7 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		return
 	}
 	c.counted = true
-	c.stage = readingHello
+	c.stage = c.port.first
 	if l.gw.trusts(peer.Addr()) {
 		c.stage = readingProxy
 	} else if why := c.knock(); why != notRefused {
@@ -221,7 +221,7 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		return
 	}
 	c.setDeadline(int64(l.gw.settings.HelloTimeout))
-	if c.port.plain != nil && c.stage == readingHello {
+	if c.port.eager && c.stage != readingProxy {
 		c.advance() // nothing to be read before this one goes on
 	}
 }

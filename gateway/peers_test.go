@@ -627,7 +627,8 @@ func TestServerSpeaksFirst(t *testing.T) {
 }
 
 // postgres runs a server with an empty database, as the user that it demands not to be root, and returns its port.
-func postgres(t testing.TB) string {
+// Settings are written KEY=VALUE; a VALUE in PEM becomes the path of a file with it.
+func postgres(t testing.TB, settings ...string) string {
 	t.Helper()
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
 	if len(found) == 0 {
@@ -644,11 +645,40 @@ func postgres(t testing.TB) string {
 	initdb := command(t, filepath.Join(bin, "initdb"), "-D", data, "-U", "tester", "--auth=trust", "--no-sync", "--no-locale", "-E", "UTF8")
 	initdb.SysProcAttr.Credential, initdb.Dir = as, dir
 	run(t, initdb, "")
-	cmd := command(t, filepath.Join(bin, "postgres"), "-D", data, "-k", dir, "-p", port, "-h", "127.0.0.1", "-F")
+	args := []string{"-D", data, "-k", dir, "-p", port, "-h", "127.0.0.1", "-F"}
+	for _, s := range settings {
+		args = append(args, "-c", fileFor(t, as, dir, s))
+	}
+	cmd := command(t, filepath.Join(bin, "postgres"), args...)
 	cmd.SysProcAttr.Credential, cmd.Dir = as, dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) } // a fast shutdown, which removes its shared memory
 	server(t, cmd, "127.0.0.1:"+port)
-	return port
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) { // it accepts connections before it takes any
+		if err := command(t, filepath.Join(bin, "pg_isready"), "-q", "-h", "127.0.0.1", "-p", port).Run(); err == nil {
+			return port
+		} else if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// fileFor writes a value in PEM to a file in dir, for whom the server runs as, and puts its path in its place.
+func fileFor(t testing.TB, as *syscall.Credential, dir, setting string) string {
+	t.Helper()
+	key, value, _ := strings.Cut(setting, "=")
+	if !strings.HasPrefix(value, "-----BEGIN") {
+		return setting
+	}
+	path := filepath.Join(dir, strings.Trim(key, "-")+".pem")
+	if err := os.WriteFile(path, []byte(value), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if as != nil {
+		if err := os.Chown(path, int(as.Uid), int(as.Gid)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return key + "=" + path
 }
 
 // unprivileged is nil, or for root somebody else, who gets the directory.

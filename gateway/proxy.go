@@ -64,7 +64,7 @@ func (c *conn) takeProxyHeader(b []byte, n int) stage {
 	if why := c.knock(); why != notRefused {
 		return c.shut(why)
 	}
-	return readingHello
+	return c.port.first
 }
 
 // proxyTLVs is where the TLVs of a version 2 header begin, by its address family: behind two addresses and two ports.
@@ -154,7 +154,9 @@ func (c *conn) greet() stage {
 	if s := c.backend.tls; s != nil {
 		c.up.hold(c.loop, s.sealed(c.pending))
 	} else {
-		c.up.hold(c.loop, c.proxyHeader())
+		if !c.dial.introduced {
+			c.up.hold(c.loop, c.proxyHeader())
+		}
 		c.up.hold(c.loop, c.pending)
 	}
 	c.carried(&c.up, len(c.pending))
@@ -162,7 +164,7 @@ func (c *conn) greet() stage {
 	c.active = c.loop.now
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
 	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))
-	return relaying
+	return c.relayed()
 }
 
 // proxyHeader is the header for the backend as the rule wants it, nil for none.

@@ -46,7 +46,7 @@ func (c *conn) relay() stage {
 	if c.settling() {
 		c.setDeadline(int64(deliveryCheck))
 	}
-	return relaying
+	return c.stage // the same, or relaying behind translating
 }
 
 // backendEnd says how the backend's stream ended, where that is worth a word.
@@ -116,10 +116,12 @@ func (c *conn) pump(f *flow, from, to *socket) {
 // move carries bytes once, in the way that suits the two halves. It returns how many it read. It takes note of the
 // end of the source, of a source that is drained, and of a destination that is full.
 func (c *conn) move(f *flow, from, to *socket) int {
-	if f.run >= kernelWorth {
+	if f.run >= kernelWorth && c.stage == relaying {
 		c.considerKernel(f, from, to)
 	}
 	switch {
+	case c.stage == translating:
+		return c.translate(f, from, to)
 	case from.opens() && to.seals():
 		return c.reencrypt(f, from, to)
 	case from.opens():

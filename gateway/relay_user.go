@@ -235,6 +235,12 @@ func (c *conn) sendVectors(f *flow, to *socket, iov []unix.Iovec, total int) {
 	if total == 0 {
 		return
 	}
+	if c.stage == translating {
+		for i := range iov {
+			c.translated(f, to, vector(&iov[i]))
+		}
+		return
+	}
 	sent := 0
 	if !f.stuck() {
 		var e unix.Errno

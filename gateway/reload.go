@@ -249,7 +249,7 @@ func (g *Gateway) retireRules(last, gen *generation) {
 func (c *conn) retire(d int64) {
 	if end := c.loop.now + d; c.end == 0 || end < c.end {
 		c.end, c.retired = end, true
-		if c.stage == relaying { // the timers of the stages before are shorter, and the next one heeds the end
+		if c.stage == relaying || c.stage == translating { // the timers of the stages before are shorter, and the next one heeds the end
 			c.setDeadline(0)
 		}
 	}

@@ -20,6 +20,7 @@ import (
 //	accept                      listener.go
 //	→ the gate                  entrance.go    what an address may, as far as no name is needed to tell
 //	→ the PROXY header          proxy.go       where the peer is a load balancer that we trust: then the gate is behind it
+//	→ [starttls=: the prelude]  starttls.go    in the clear, until the client asks for TLS
 //	→ the ClientHello           hello.go       gathered on the loop: no goroutine yet
 //	→ the rule                  hello.go
 //	→ the gate of the rule      entrance.go
@@ -27,12 +28,15 @@ import (
 //	→ the backend               dial.go        the next one if one does not answer
 //	→ [tls://: handshake]       encrypt.go     the same as with the client, the other way round
 //	→ the PROXY header to it    proxy.go
+//	→ [its own prelude]         starttls.go    until TLS may begin, or it has greeted
 //	→ relay, half-close         relay.go
 //	→ one outcome, one line     report.go
 func (c *conn) story() stage {
 	switch c.stage {
 	case readingProxy:
 		return c.readProxyHeader()
+	case readingPrelude:
+		return c.readPrelude()
 	case readingHello:
 		return c.readHello()
 	case matching:
@@ -43,13 +47,15 @@ func (c *conn) story() stage {
 		return c.nudgeHandshake()
 	case connecting:
 		return c.connect()
+	case asking:
+		return c.ask()
 	case waitingEncryption: // the queue moves it on: startHandshakes
 		return c.awaitEncryption()
 	case encrypting: // the handshake moves it on: encrypter.done
 		return c.nudgeEncryption()
 	case greeting:
 		return c.greet()
-	case relaying:
+	case translating, relaying:
 		return c.relay()
 	case readingRequest:
 		return c.readRequest()
@@ -104,7 +110,7 @@ func (c *conn) due() {
 		c.finish(Limited, "waited too long for its turn to shake hands")
 	case c.stage == shakingHands:
 		c.giveUpHandshake("the client did not answer within TLSNAT_HELLO_TIMEOUT")
-	case c.stage == connecting:
+	case c.stage == connecting, c.stage == asking:
 		c.stage = c.nextBackend("no answer in time")
 		c.advance()
 	case c.stage == waitingEncryption:
@@ -113,7 +119,7 @@ func (c *conn) due() {
 		c.advance()
 	case c.stage == encrypting:
 		c.giveUpEncryption("no answer to the TLS handshake in time")
-	case c.stage == greeting, c.stage == relaying:
+	case c.stage == greeting, c.stage == translating, c.stage == relaying:
 		c.idle()
 	case c.stage == resetting:
 		c.advance()
@@ -236,13 +242,18 @@ func (c *conn) enter(r *route) {
 	}
 }
 
-// act goes the way that the rule's action and mode name.
+// act goes the way that the rule names, if its gate lets the client through.
 func (c *conn) act() stage {
 	if c.route.gate != nil {
 		if why := c.passGate(); why != notRefused {
 			return c.shut(why)
 		}
 	}
+	return c.serve()
+}
+
+// serve goes the way that the rule's action and mode name.
+func (c *conn) serve() stage {
 	switch rule := c.route.rule; {
 	case rule.Action == natmap.Redirect:
 		return readingRequest

@@ -16,6 +16,7 @@ import (
 // port plus Offset.
 type Backend struct {
 	TLS      bool       // re-encrypt
+	StartTLS StartTLS   // with TLS: how the backend is asked for it; off: TLS from the first byte on
 	Unix     string     // absolute path of a socket; Host, Addr and the ports are then zero
 	Host     string     // name or IP address, without brackets
 	Addr     netip.Addr // Host, when that is an address
@@ -63,7 +64,10 @@ func (b Backend) target() string {
 		return "unix:" + escapePath(b.Unix)
 	}
 	s := bracket(b.Host) + ":" + b.ports()
-	if b.TLS {
+	switch {
+	case b.StartTLS != StartTLSOff:
+		s = "tls+" + b.StartTLS.String() + "://" + s
+	case b.TLS:
 		s = "tls://" + s
 	}
 	return s
@@ -102,8 +106,8 @@ func (p *parser) backend(t token, l *Listen) Backend {
 }
 
 func (p *parser) network(b *Backend, t token, l *Listen) {
-	addr, isTLS := t.cutPrefix("tls://")
-	b.TLS = isTLS
+	addr, isTLS, first := tlsScheme(t)
+	b.TLS, b.StartTLS = isTLS, first
 	if scheme, rest, ok := strings.Cut(addr.text, "://"); ok {
 		p.scheme(addr, scheme, rest)
 		return
@@ -134,7 +138,11 @@ func (p *parser) scheme(t token, scheme, rest string) {
 	if s := strings.ToLower(scheme); s == "https" || s == "tls" || s == "ssl" {
 		rest = "tls://" + rest
 	}
-	p.fault(t, "a backend has no scheme "+quote(scheme+"://"), "write "+clip(rest))
+	hint := startTLSHint(scheme, rest)
+	if hint == "" {
+		hint = "write " + clip(rest)
+	}
+	p.fault(t, "a backend has no scheme "+quote(scheme+"://"), hint)
 }
 
 // hostPort splits host:port. The host loses its brackets.

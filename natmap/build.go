@@ -29,6 +29,7 @@ func (p *parser) build() *Map {
 		is.table = newTable(&k, is, func(a, b *Rule) { p.clash(a, b, blamed) })
 		p.checkPlain(is.rules, blamed)
 		p.checkCrossing(is.rules, blamed)
+		p.checkPreludes(is.rules, blamed)
 		m.listens = append(m.listens, is.Listen)
 		total += is.Len()
 		if is.Len() > all[widest].Len() {

@@ -28,7 +28,8 @@
 // On one address, a port, a protocol and a name belong to one rule; a range may hold another but
 // not cross it; and a rule that reads no ClientHello (mode=tcp, redirect) is alone on
 // its ports. Such a rule for one address hides the rules for every address there, and
-// is not seen where the address has rules of its own.
+// is not seen where the address has rules of its own. The same holds for rules that
+// differ in starttls=, on which the rules of a port have to agree.
 //
 // The package does no input or output: it opens no file, resolves no name, checks
 // no certificate, reads no clock and dials nobody.
@@ -253,6 +254,8 @@ type Options struct {
 	BackendUnverified bool   // whoever answers is taken for the backend
 
 	Gate GateOptions
+
+	StartTLS StartTLS // how clients ask for TLS, where they begin in the clear
 }
 
 // NameOfClient is the value of backend-name= that stands for the name that the client asked for.

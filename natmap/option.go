@@ -43,7 +43,7 @@ type option struct {
 	show func(o *Options) string
 }
 
-var options = slices.Concat(ruleOptions, gateOptions)
+var options = slices.Concat(ruleOptions, gateOptions, startTLSOptions)
 
 var ruleOptions = []option{
 	{
@@ -499,6 +499,7 @@ func (p *parser) settle(d *draft) {
 		}
 	}
 	p.checkMode(d, mode)
+	p.checkStartTLS(d)
 }
 
 // modeRow is the index of mode in options: it decides what the others mean.
@@ -542,7 +543,8 @@ func (p *parser) checkMode(d *draft, mode *assignment) {
 	case d.Options.Mode == TCP && d.named():
 		p.fault(d.left[1], says+" reads nothing, so it cannot tell names apart", "remove the name, or write mode=pass")
 	case d.Options.Mode == Pass && d.encrypts():
-		p.fault(d.tls, says+" leaves TLS as the client sent it, so it cannot encrypt to a backend once more", "write "+clip(strings.TrimPrefix(d.tls.text, "tls://"))+", or mode=terminate")
+		plain, _, _ := tlsScheme(d.tls)
+		p.fault(d.tls, says+" leaves TLS as the client sent it, so it cannot encrypt to a backend once more", "write "+clip(plain.text)+", or mode=terminate")
 	case d.Options.Mode == TCP && d.encrypts() && d.Options.BackendName == NameOfClient:
 		p.fault(d.tls, says+" reads no name, so backend-name=sni has none for this backend", "write backend-name= with a name, or mode=terminate")
 	}

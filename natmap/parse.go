@@ -635,7 +635,7 @@ func (p *parser) right(d *draft, arrow token, toks []token, l *Listen) {
 		default:
 			d.Backends = append(d.Backends, p.backend(t, l))
 			backends++
-			if d.tls.text == "" && strings.HasPrefix(t.text, "tls://") {
+			if d.tls.text == "" && d.Backends[len(d.Backends)-1].TLS {
 				d.tls = t
 			}
 		}

@@ -445,7 +445,7 @@ func randomMap(r *rand.Rand) string {
 	var b strings.Builder
 	for range 1 + r.IntN(7) {
 		if r.IntN(6) == 0 {
-			b.WriteString(pick("default idle=3m\n", "default mode=tcp\n", "default proxy=v2 alpn=h2 cert=c\n", "default mode=pass min-tls=1.3\n", "default deny=@x rate-per-ip=3/s handshakes=9\n", "default mode=terminate\n", "default backend-ca=x\n"))
+			b.WriteString(pick("default idle=3m\n", "default mode=tcp\n", "default proxy=v2 alpn=h2 cert=c\n", "default mode=pass min-tls=1.3\n", "default deny=@x rate-per-ip=3/s handshakes=9\n", "default mode=terminate\n", "default backend-ca=x\n", "default starttls=smtp\n"))
 		}
 		lo := 1 + r.IntN(12)
 		b.WriteString(pick("", "", "", "10.0.0.1", "10.0.0.2", "[::1]", "[fe80::1%e]") + ":" + fmt.Sprint(lo))
@@ -456,8 +456,8 @@ func randomMap(r *rand.Rand) string {
 		for range r.IntN(4) {
 			b.WriteString(" " + pick("", "", "*.") + pick("a", "b", "a.b", "b.a", "c.a.b", "A.a.b."))
 		}
-		b.WriteString(" -> " + pick("h:1", "h:=", "h:+3", "h:-2", "tls://h:1/backup", "[::1]:9/weight=3", "10.0.0.9:5-6 h:2", "unix:/%62ackup/backup", "redirect", "reject", "demo"))
-		b.WriteString(pick("", "", " mode=tcp", " mode=pass", " idle=off", " alpn=h2,x lifetime=90m", " https-port=8443", " cert=*.d", " backend-verify=off backend-name=sni",
+		b.WriteString(" -> " + pick("h:1", "h:=", "h:+3", "h:-2", "tls://h:1/backup", "tls+imap://h:1/weight=2", "[::1]:9/weight=3", "10.0.0.9:5-6 h:2", "unix:/%62ackup/backup", "redirect", "reject", "demo"))
+		b.WriteString(pick("", "", " mode=tcp", " mode=pass", " idle=off", " alpn=h2,x lifetime=90m", " https-port=8443", " cert=*.d", " backend-verify=off backend-name=sni", " starttls=imap", " starttls=off",
 			" allow=all deny=10.1.2.0/24,2001:db8::/32,@a%2C%23.txt conns=7", " conns-per-ip=5 rate-per-ip=7/m bandwidth=100Mbit/s", " handshakes=off deny=off") + pick("\n", "; ", " # c\r\n"))
 	}
 	return b.String()

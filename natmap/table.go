@@ -16,6 +16,8 @@ import (
 type Port struct {
 	// Plain is the rule of a port that reads no ClientHello, nil on any other.
 	Plain *Rule
+	// StartTLS is what the port speaks before TLS, the same for all its rules.
+	StartTLS StartTLS
 
 	port   uint16    // any port of the segment: all of them serve the same rules
 	tables [2]*table // of the address, then of every address; either may be nil
@@ -227,7 +229,8 @@ type table struct {
 	// port: their ranges do not overlap.
 	ranged map[*slot][]*Rule
 	// alpn has the rules for clients that offer a protocol, which are not in slots.
-	alpn map[string]*table
+	alpn     map[string]*table
+	preludes []prelude // nil when every port begins with TLS
 }
 
 // A slot is one name. Two of them fill a cache line, so that a name is found with
@@ -268,6 +271,7 @@ func (t *table) find(key uint64, suffix string, port uint16) *Rule {
 func newTable(k *keys, is *island, clash func(a, b *Rule)) *table {
 	general, special := split(is.rules)
 	t := newNames(k, general, is.Listen, clash)
+	t.preludes = preludes(is.rules)
 	for protocol, rules := range special {
 		if t.alpn == nil {
 			t.alpn = map[string]*table{}
@@ -360,12 +364,17 @@ func at(segs []segment, port uint16) *Port {
 }
 
 // newPort joins what one address and every address serve at a port. A rule that
-// reads no ClientHello cannot share a port with rules that do: where the two
-// differ, those of the address are alone.
+// reads no ClientHello cannot share a port with rules that do, nor can rules that
+// differ in what comes before it: there those of the address are alone.
 func newPort(k keys, port uint16, own, every *table) *Port {
 	p := &Port{port: port, keys: k, tables: [2]*table{own, every}}
-	if own != nil && every != nil && (own.plain(&k, port) != nil || every.plain(&k, port) != nil) {
+	if own != nil && every != nil && (own.plain(&k, port) != nil || every.plain(&k, port) != nil || own.prelude(port) != every.prelude(port)) {
 		p.tables[1] = nil
+	}
+	if own != nil {
+		p.StartTLS = own.prelude(port)
+	} else if every != nil {
+		p.StartTLS = every.prelude(port)
 	}
 	for _, t := range p.tables {
 		if t == nil {

@@ -218,6 +218,9 @@ func reference(m *Map, addr netip.Addr, port uint16, name string, offered []stri
 	if len(own) > 0 && (plain[true] != nil || plain[false] != nil) {
 		rules = own
 	}
+	if len(own) > 0 && len(every) > 0 && own[0].Options.StartTLS != every[0].Options.StartTLS {
+		rules = own
+	}
 	for _, protocol := range append(slices.Clone(offered), "") {
 		if r := referenceName(rules, name, protocol); r != nil {
 			return r, true
@@ -469,5 +472,46 @@ func BenchmarkParse(b *testing.B) {
 				mustParse(b, text)
 			}
 		})
+	}
+}
+
+// TestPortSpeaksWhatItsRulesSay: all ports of a range, and a port of one address that differs from that of every address.
+func TestPortSpeaksWhatItsRulesSay(t *testing.T) {
+	m := mustParse(t, `
+		:20-29 a.example -> b:1 starttls=smtp
+		:22 b.example -> tls+smtp://b:1 starttls=smtp
+		:30 a.example -> b:1
+		10.0.0.1:22 c.example -> b:1 starttls=smtp
+		10.0.0.1:23 c.example -> b:1 starttls=imap
+		10.0.0.1:40 -> b:1 starttls=mysql`)
+	for _, tt := range []struct {
+		addr string
+		port uint16
+		want StartTLS
+		name string
+		rule int // line of the rule for the name, 0: none
+	}{
+		{"", 20, StartTLSSMTP, "a.example", 2},
+		{"", 22, StartTLSSMTP, "b.example", 3},
+		{"", 30, StartTLSOff, "a.example", 4},
+		{"10.0.0.1", 22, StartTLSSMTP, "a.example", 2},
+		{"10.0.0.1", 22, StartTLSSMTP, "c.example", 5},
+		{"10.0.0.1", 23, StartTLSIMAP, "c.example", 6},
+		{"10.0.0.1", 23, StartTLSIMAP, "a.example", 0},
+		{"10.0.0.1", 29, StartTLSSMTP, "a.example", 2},
+		{"10.0.0.1", 40, StartTLSMySQL, "", 7},
+	} {
+		var addr netip.Addr
+		if tt.addr != "" {
+			addr = netip.MustParseAddr(tt.addr)
+		}
+		p := m.Port(addr, tt.port)
+		line := 0
+		if r := p.Lookup(tt.name); r != nil {
+			line = r.Pos.Line
+		}
+		if p.StartTLS != tt.want || line != tt.rule {
+			t.Errorf("%s:%d speaks %s, and the rule for %q is on line %d; want %s, %d", tt.addr, tt.port, p.StartTLS, tt.name, line, tt.want, tt.rule)
+		}
 	}
 }

@@ -169,6 +169,7 @@ func (e *explanation) write() {
 	e.say("because", e.because()...)
 	e.sayGate()
 	e.say("does", e.does())
+	e.sayPrelude()
 	e.sayCertificates()
 	e.sayALPN()
 	e.sayBackends()
@@ -368,6 +369,20 @@ func (e *explanation) terminates() bool {
 	return r.Action == natmap.Demo || r.Action == natmap.Forward && r.Options.Mode == natmap.Terminate
 }
 
+// sayPrelude says what comes before TLS.
+func (e *explanation) sayPrelude() {
+	o := &e.rule.Options
+	switch {
+	case o.StartTLS == natmap.StartTLSOff:
+	case o.StartTLS == natmap.StartTLSMySQL:
+		e.say("before TLS", "a backend is sought, and its greeting passed on; the client asks for TLS in mysql,", "and without that it is refused: the log has outcome bad_hello")
+	case o.Mode == natmap.Pass && e.rule.Action == natmap.Forward:
+		e.say("before TLS", "the client asks for TLS in "+o.StartTLS.String()+", and the backend is asked in the same way;", "who goes on without TLS is refused: the log has outcome bad_hello")
+	default:
+		e.say("before TLS", "the client asks for TLS in "+o.StartTLS.String()+", and is answered here;", "who goes on without TLS is refused: the log has outcome bad_hello")
+	}
+}
+
 func (e *explanation) sayCertificates() {
 	if !e.terminates() {
 		return
@@ -412,7 +427,7 @@ func expiry(at, now time.Time) string {
 
 // sayALPN says what is agreed on, as crypto/tls does it: the first of ours that the client offers.
 func (e *explanation) sayALPN() {
-	ours, theirs := e.rule.Options.ALPN, e.question.alpn
+	ours, theirs := e.rule.Options.Protocols(), e.question.alpn
 	if !e.terminates() || len(theirs) == 0 {
 		return
 	}
@@ -473,7 +488,10 @@ func dialled(b natmap.Backend, r *natmap.Rule, port uint16) string {
 	if strings.Contains(at, ":") {
 		at = "[" + at + "]"
 	}
-	if b.TLS {
+	switch {
+	case b.StartTLS != natmap.StartTLSOff:
+		at = "tls+" + b.StartTLS.String() + "://" + at
+	case b.TLS:
 		at = "tls://" + at
 	}
 	return at + ":" + strconv.Itoa(int(b.Port(r.Listen.Lo, port)))
@@ -565,6 +583,9 @@ func (e *explanation) option(key string) (value, from string) {
 	if key == "alpn" && e.rule.Protocol != "" {
 		return e.rule.Protocol, "what the rule is for"
 	}
+	if key == "alpn" && len(e.rule.Options.Protocols()) > 0 {
+		return strings.Join(e.rule.Options.Protocols(), ","), "built in for starttls=" + e.rule.Options.StartTLS.String()
+	}
 	if setting := settingOf[key]; setting != "" {
 		return e.setting(setting)
 	}
@@ -575,7 +596,7 @@ func (e *explanation) option(key string) (value, from string) {
 var (
 	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS", "ktls": "KTLS"}
 	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
-		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on",
+		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on", "starttls": "off",
 		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off"}
 )
 

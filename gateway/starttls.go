@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"bytes"
+	"os"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/starttls"
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// What comes before TLS, on ports with starttls= and towards backends of tls+PROTOCOL://.
+//
+// A client is answered by us until it asks for TLS; then come its ClientHello and everything else. It reaches its backend
+// behind the handshake only, so the backend's own greeting, which the client has had from us, is taken off. MySQL's servers
+// begin with a greeting that nobody else can make up: there the backend is sought first, and the client gets what it says.
+
+// preludeLimit bounds what is kept of a client or of a backend before TLS: more than the longest line or message has, with
+// its header (package starttls).
+const preludeLimit = 8 << 10
+
+// speech is what a backend has to be asked or heard before bytes can be carried.
+type speech struct {
+	speaks starttls.Protocol // off: nothing
+	asks   bool              // it is asked for TLS; else only its greeting is heard
+	inside bool              // the greeting comes inside TLS
+}
+
+// speechOf is that of a rule's backend. Where mode=pass has answered the client, the backend still waits for the question.
+func speechOf(r *natmap.Rule, spec *natmap.Backend) speech {
+	spoken := starttls.Named(r.Options.StartTLS.String())
+	switch {
+	case spec.StartTLS != natmap.StartTLSOff:
+		return speech{speaks: starttls.Named(spec.StartTLS.String()), asks: true}
+	case r.Options.Mode == natmap.Pass && spoken != starttls.Off:
+		return speech{speaks: spoken, asks: true}
+	case spoken.Greets():
+		return speech{speaks: spoken, inside: spec.TLS}
+	}
+	return speech{}
+}
+
+// begins says with which stage the connections of the port begin, and whether they do so without a byte of the client's.
+func (p *portRules) begins(gen *generation) {
+	p.first = readingHello
+	p.eager = p.plain != nil
+	p.host = machineName()
+	if p.rules == nil || p.rules.StartTLS == natmap.StartTLSOff {
+		return
+	}
+	p.prelude = starttls.Named(p.rules.StartTLS.String())
+	p.first = readingPrelude
+	p.eager = p.prelude.Greets()
+	p.host = greetingName(gen.config.Map, p.rules)
+}
+
+// greetingName is what we call ourselves to clients of a port, and to its backends: the first name that it serves, the
+// certificate's of its rule without one, or the machine's.
+func greetingName(m *natmap.Map, port *natmap.Port) string {
+	for _, r := range m.Rules {
+		if name := strings.TrimPrefix(r.Name, "*."); name != "" && port.Lookup(r.Name) == r {
+			return name
+		}
+	}
+	if r := port.Lookup(""); r != nil && r.Options.Cert != "" {
+		return strings.TrimPrefix(r.Options.Cert, "*.")
+	}
+	return machineName()
+}
+
+var machineName = sync.OnceValue(func() string {
+	name, err := os.Hostname()
+	if err != nil || name == "" {
+		return "localhost"
+	}
+	return name
+})
+
+// readPrelude answers the client until it asks for TLS. What comes behind that is its ClientHello, or the end.
+func (c *conn) readPrelude() stage {
+	if c.prelude.Protocol == starttls.Off {
+		return c.beginPrelude()
+	}
+	for {
+		b, ended, errno := c.gather(preludeLimit)
+		if len(b) > 0 {
+			out, used, step, err := c.prelude.Next(c.loop.scratch[preludeLimit:preludeLimit], b, c.port.host)
+			if next := c.answer(out, step, err); next != readingPrelude || step != starttls.More {
+				return c.preludeOver(b, used, step, next)
+			}
+			c.keepBehind(b, used)
+		}
+		switch {
+		case ended:
+			return c.endedEarly(errno)
+		case !c.client.readable:
+			return readingPrelude
+		}
+	}
+}
+
+func (c *conn) beginPrelude() stage {
+	c.prelude = starttls.NewServer(c.port.prelude)
+	if c.port.prelude == starttls.MySQL {
+		return c.beginMySQL()
+	}
+	if greeting := c.prelude.Greeting(nil, c.port.host); len(greeting) > 0 && !c.tellClient(greeting) {
+		return c.finish(ClientReset, "")
+	}
+	return c.readPrelude()
+}
+
+// beginMySQL takes the port's only rule, whose gate comes before its backend hears of the client.
+func (c *conn) beginMySQL() stage {
+	c.enter(c.port.lookup(""))
+	if c.route.gate != nil {
+		if why := c.passGate(); why != notRefused {
+			return c.shut(why)
+		}
+	}
+	if c.route.rule.Action == natmap.Reject {
+		return c.refuse(Denied, alertNone, "a rule says reject")
+	}
+	return c.startConnect()
+}
+
+// tellClient writes some words in the clear. They are few, and a fresh socket has room for them: one that does not is a
+// client's that reads nothing.
+func (c *conn) tellClient(b []byte) bool { return wholly(&c.client, b) }
+
+func wholly(s *socket, b []byte) bool {
+	n, e := sysWrite(s.fd, b)
+	return e == 0 && n == len(b)
+}
+
+// answer says what the protocol has to say, and where that leads; readingPrelude is on.
+func (c *conn) answer(out []byte, step starttls.Step, err error) stage {
+	switch {
+	case err != nil:
+		c.tell(BadHello, c.prelude.Protocol.String()+": "+err.Error())
+	case step == starttls.Bye:
+		c.report.probe = true // it looked, and has left: monitoring does
+		c.tell(OK, "")
+	case len(out) > 0 && !c.tellClient(out):
+		return c.finish(ClientReset, "")
+	default:
+		return readingPrelude
+	}
+	if len(out) > 0 {
+		return c.answerAndLinger(out)
+	}
+	return c.startLinger()
+}
+
+// preludeOver goes on behind the prelude: with the ClientHello, or to the end that was answered.
+func (c *conn) preludeOver(b []byte, used int, step starttls.Step, next stage) stage {
+	if next != readingPrelude {
+		return next
+	}
+	if c.prelude.Protocol == starttls.MySQL {
+		c.dial.talk.request = bytes.Clone(b[:used])
+	}
+	c.keepBehind(b, used)
+	if step == starttls.Cancel {
+		return c.passCancel()
+	}
+	return readingHello
+}
+
+// keepBehind keeps what is not used up of b, which gather returned.
+func (c *conn) keepBehind(b []byte, used int) {
+	switch {
+	case len(c.pending) == 0:
+		c.keep(b[used:])
+	case used == len(b):
+		c.pending = nil
+	default:
+		c.pending = c.pending[:copy(c.pending, b[used:])]
+	}
+}
+
+// passCancel takes a CancelRequest of PostgreSQL to the backend as it came: clients send it on a connection of its own,
+// those before PostgreSQL 17 always in the clear, so that no name says for which server it is.
+func (c *conn) passCancel() stage {
+	r := c.port.lookup("")
+	if r == nil || r.rule.Action != natmap.Forward {
+		c.tell(UnknownName, "a CancelRequest in the clear has no name, and no rule for this port is without one")
+		return c.startLinger()
+	}
+	c.enter(r)
+	if r.gate != nil {
+		if why := c.passGate(); why != notRefused {
+			return c.shut(why)
+		}
+	}
+	c.cancels = true
+	return c.startConnect()
+}
+
+// talk is what is said with the backend before bytes can be carried.
+type talk struct {
+	client   starttls.Client
+	heard    []byte // and not used up
+	greeting []byte // what the backend begins with
+	greets   bool   // and has not come to the end of
+	request  []byte // MySQL: the client's for TLS
+	bridge   starttls.MySQLBridge
+	passed   bool // MySQL: the client has the greeting, so that no other backend can take over
+}
+
+func newTalk(b speech) *talk {
+	return &talk{client: starttls.NewClient(b.speaks, b.asks), greets: b.speaks.Greets()}
+}
+
+// startAsking begins to talk with the backend that has just been reached, behind the PROXY header.
+func (c *conn) startAsking() stage {
+	d := c.dial
+	c.stage = asking
+	d.talk, d.introduced = newTalk(d.backend.speech), true
+	c.setDeadline(d.share(c))
+	if out := d.talk.client.Start(c.proxyHeader()); len(out) > 0 && !wholly(&c.backend, out) {
+		return c.nextBackend("it reads nothing")
+	}
+	return c.ask()
+}
+
+// ask reads what the backend says until TLS may begin, or until it has greeted. The client may leave meanwhile.
+func (c *conn) ask() stage {
+	if c.client.failed != 0 {
+		return c.finish(ClientReset, "reset while a backend was sought")
+	}
+	s := &c.backend
+	for s.readable {
+		n, e := sysRead(s.fd, c.loop.scratch[:preludeLimit])
+		switch {
+		case e == unix.EAGAIN:
+			s.readable = false
+			return asking
+		case e != 0:
+			return c.nextBackend(e.Error())
+		case n == 0:
+			return c.nextBackend(c.dial.backend.speaks.String() + ": it left before it was done")
+		}
+		s.readable = n == preludeLimit || s.hup || s.exact
+		if next := c.understand(c.loop.scratch[:n]); next != asking {
+			return next
+		}
+	}
+	return asking
+}
+
+// understand takes what the backend says, and says what follows from it; asking is on.
+func (c *conn) understand(b []byte) stage {
+	d := c.dial
+	t := d.talk
+	for t.heard = append(t.heard, b...); ; {
+		out, step, err := t.next(c.port.host)
+		switch {
+		case err == nil && step == starttls.TLS && len(t.heard) > 0:
+			err = starttls.ErrBehind
+		case err == nil && step == starttls.Greeted && c.port.prelude == starttls.MySQL:
+			return c.passGreeting()
+		}
+		switch {
+		case err != nil:
+			return c.nextBackend(d.backend.speaks.String() + ": " + err.Error())
+		case len(out) > 0 && !wholly(&c.backend, out):
+			return c.nextBackend("it reads nothing")
+		case step == starttls.TLS, step == starttls.Greeted && !d.backend.asks:
+			return c.reached()
+		case step == starttls.More:
+			return asking
+		}
+	}
+}
+
+// next is starttls.Client.Next for what was heard. It keeps the greeting.
+func (t *talk) next(host string) (out []byte, step starttls.Step, err error) {
+	out, used, step, err := t.client.Next(nil, t.heard, host)
+	if t.greets {
+		t.greeting = append(t.greeting, t.heard[:used]...)
+		t.greets = step != starttls.Greeted
+	}
+	t.heard = t.heard[used:]
+	return out, step, err
+}
+
+// passGreeting hands MySQL's greeting on to the client, with the offer of TLS in it, and goes on with what it answers.
+func (c *conn) passGreeting() stage {
+	t := c.dial.talk
+	if len(t.heard) > 0 {
+		return c.nextBackend("mysql: it says more than a greeting")
+	}
+	t.passed = true
+	c.report.backend = c.dial.name()
+	if !c.tellClient(starttls.MySQLGreeting(t.greeting)) {
+		return c.finish(ClientReset, "")
+	}
+	c.setDeadline(int64(c.loop.gw.settings.HelloTimeout))
+	return readingPrelude
+}
+
+// resume goes on with the backend whose greeting the client has had, now that the client speaks TLS.
+func (c *conn) resume() stage {
+	d := c.dial
+	d.until = c.loop.now + int64(c.route.connect)
+	if d.backend.asks && !wholly(&c.backend, d.talk.request) {
+		return c.nextBackend("it reads nothing")
+	}
+	return c.reached()
+}
+
+// relayed is where the connection goes when both sides are there: to the relay, or first to where one side is translated
+// for the other.
+func (c *conn) relayed() stage {
+	d := c.dial
+	t := d.talk
+	switch {
+	case t == nil && d.backend.inside:
+		d.talk = newTalk(d.backend.speech)
+		return translating
+	case t == nil:
+		return relaying
+	case t.passed && !d.backend.asks:
+		return translating
+	case c.port.prelude == starttls.Off: // the client has had no greeting yet
+		c.sendPlain(&c.down, &c.client, t.greeting)
+	}
+	c.sendPlain(&c.down, &c.client, t.heard)
+	d.talk = nil
+	return relaying
+}
+
+// translateBytes is what one read brings while one side is translated for the other: these are logins and greetings.
+const translateBytes = 16 << 10
+
+// translate is move for as long as the two sides don't speak the same: the backend's greeting is taken off what comes
+// through TLS, or MySQL's packets are numbered anew.
+func (c *conn) translate(f *flow, from, to *socket) int {
+	if from.tls != nil {
+		return c.open(f, from, to) // sendVectors brings what was opened back to translated
+	}
+	n, e := sysRead(from.fd, c.loop.scratch[:translateBytes])
+	if n = f.got(from, n, translateBytes, e); n > 0 {
+		c.carried(f, n)
+		c.translated(f, to, c.loop.scratch[:n])
+	}
+	return n
+}
+
+// translated sends on what becomes of b, and ends the translation once there is no more need for it.
+func (c *conn) translated(f *flow, to *socket, b []byte) {
+	t := c.dial.talk
+	var err error
+	switch {
+	case t == nil: // it has ended in this very turn
+	case c.dial.backend.inside && f == &c.down:
+		b, err = c.takeGreeting(b)
+	case c.dial.backend.inside:
+	case f == &c.up:
+		b, err = t.bridge.Up(nil, b)
+	default:
+		b = t.bridge.Down(nil, b)
+	}
+	if err != nil {
+		c.tell(BadHello, "mysql: "+err.Error()) // a greeting's error is told already
+		return
+	}
+	c.sendPlain(f, to, b)
+	if t != nil && t.bridge.Over() {
+		c.sendPlain(&c.up, &c.backend, t.bridge.Rest(nil))
+		c.dial.talk, c.stage = nil, relaying
+	}
+}
+
+// takeGreeting takes the greeting off what the backend says through TLS, and returns what is behind it.
+func (c *conn) takeGreeting(b []byte) (rest []byte, err error) {
+	t := c.dial.talk
+	t.heard = append(t.heard, b...)
+	_, step, err := t.next(c.port.host)
+	switch {
+	case err != nil:
+		c.tell(ConnectFailed, c.dial.name()+": "+c.dial.backend.speaks.String()+": "+err.Error())
+		c.report.alertSent = alertInternalError
+		c.say(&c.down, &c.client, alertInternalError)
+	case step == starttls.Greeted:
+		rest = t.heard
+		c.dial.talk, c.stage = nil, relaying
+	}
+	return rest, err
+}
+
+// sendPlain is send for bytes that are not sealed yet.
+func (c *conn) sendPlain(f *flow, to *socket, b []byte) {
+	if to.tls != nil {
+		b = to.tls.sealed(b)
+	}
+	c.send(f, to, b)
+}
