@@ -246,6 +246,8 @@ type Options struct {
 	BackendName       string // what they are asked for and verified as; "": their host; NameOfClient: what the client asked for
 	BackendCert       string // a name of the certificate that they are shown, if they ask for one
 	BackendUnverified bool   // whoever answers is taken for the backend
+
+	Pool PoolOptions
 }
 
 // NameOfClient is the value of backend-name= that stands for the name that the client asked for.

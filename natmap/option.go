@@ -42,7 +42,9 @@ type option struct {
 	show func(o *Options) string
 }
 
-var options = []option{
+var options = slices.Concat(ruleOptions, poolOptions)
+
+var ruleOptions = []option{
 	{
 		key: "mode", value: "terminate|pass|tcp", uses: terminate | pass | tcp | demo,
 		help: "terminate: TLS ends here; pass: route on the name, touch nothing; tcp: look at nothing (default terminate)",

@@ -440,6 +440,9 @@ func dialled(b natmap.Backend, r *natmap.Rule, port uint16) string {
 		return "unix:" + b.Unix
 	}
 	at := b.Host
+	if b.SRV {
+		return "srv:" + at
+	}
 	if strings.Contains(at, ":") {
 		at = "[" + at + "]"
 	}
@@ -542,7 +545,11 @@ func (e *explanation) option(key string) (value, from string) {
 var (
 	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS", "ktls": "KTLS"}
 	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
-		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on"}
+		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on",
+		"balance": "round-robin", "max-conns": "none", "queue": "off", "retries": strconv.Itoa(natmap.DefaultRetries), "eject": strconv.Itoa(natmap.DefaultEject),
+		"check": "off", "every": natmap.DefaultEvery.String(), "rise": strconv.Itoa(natmap.DefaultRise), "fall": strconv.Itoa(natmap.DefaultFall),
+		"slow-start": "off", "on-down": "keep", "source": "off", "keepalive": "2m", "user-timeout": "the system's", "dscp": "the system's",
+		"mptcp": "off", "fastopen": "off"}
 )
 
 // setting is the value of a setting as its author wrote it.
