@@ -1444,7 +1444,7 @@ func TestUnixSocketBackend(t *testing.T) {
 		c := dial()
 		exchange(t, c, random(1, 4<<20))
 		_ = c.Close()
-		b.lineOf(t, c).expect(t, logLine{Outcome: "ok", Backend: "unix:" + path + []string{"", "/backup"}[i], BytesUp: 4 << 20,
+		b.lineOf(t, c).expect(t, logLine{Outcome: "ok", Backend: "unix:" + path, BytesUp: 4 << 20,
 			Path: []string{"user", "splice"}[i]})
 	}
 }

@@ -156,6 +156,8 @@ func (c *conn) greet() stage {
 	}
 	c.carried(&c.up, len(c.pending))
 	c.pending = nil
+	c.dial = nil // the search is over
+	c.tuneClient()
 	c.active = c.loop.now
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
 	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))

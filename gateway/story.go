@@ -22,7 +22,7 @@ import (
 //	→ the ClientHello           hello.go       gathered on the loop: no goroutine yet
 //	→ the rule                  hello.go
 //	→ [terminate: handshake]    handshake.go   a goroutine of crypto/tls, bounded in number; then the keys are ours
-//	→ the backend               dial.go        the next one if one does not answer
+//	→ the backend               dial.go        chosen (balance.go), waited for (waiting.go); the next one if one does not answer
 //	→ [tls://: handshake]       encrypt.go     the same as with the client, the other way round
 //	→ the PROXY header to it    proxy.go
 //	→ relay, half-close         relay.go
@@ -41,6 +41,8 @@ func (c *conn) story() stage {
 		return c.nudgeHandshake()
 	case connecting:
 		return c.connect()
+	case waitingForRoom:
+		return c.awaitRoom()
 	case waitingEncryption: // the queue moves it on: startHandshakes
 		return c.awaitEncryption()
 	case encrypting: // the handshake moves it on: encrypter.done
@@ -103,8 +105,10 @@ func (c *conn) due() {
 	case c.stage == shakingHands:
 		c.giveUpHandshake("the client did not answer within TLSNAT_HELLO_TIMEOUT")
 	case c.stage == connecting:
-		c.stage = c.nextBackend("no answer in time")
+		c.stage = c.connectDue()
 		c.advance()
+	case c.stage == waitingForRoom:
+		c.waitedInVain()
 	case c.stage == waitingEncryption:
 		l.encryptQueue.remove(c)
 		c.stage = c.nextBackend("waited too long for its turn to shake hands")
