@@ -292,11 +292,16 @@ func (d *dialling) socket(c *conn, to *server) (int32, error) {
 	}
 	out := c.route.outbound
 	sa, family := sockaddrOf(to.addr)
-	return connectTo(family, out.protocol(), sa, func(fd int) error {
-		setNodelay(int32(fd)) // keepalive comes with the first silence: park
-		delayAcks(int32(fd))  // that of the connection itself goes with the first request
-		return out.begin(fd, family, c.report.source.Addr(), len(c.pending) > 0 || c.route.proxy != natmap.ProxyOff)
-	})
+	for tried := 1; ; tried++ {
+		fd, err := connectTo(family, out.protocol(), sa, func(fd int) error {
+			setNodelay(int32(fd)) // keepalive comes with the first silence: park
+			delayAcks(int32(fd))  // that of the connection itself goes with the first request
+			return out.begin(fd, family, c.report.source.Addr(), len(c.pending) > 0 || c.route.proxy != natmap.ProxyOff)
+		})
+		if !out.again(err, tried) {
+			return fd, err
+		}
+	}
 }
 
 func connectTo(family, protocol int, sa unix.Sockaddr, prepare func(fd int) error) (int32, error) {

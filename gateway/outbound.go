@@ -4,8 +4,10 @@ package gateway
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -25,7 +27,8 @@ type outbound struct {
 	mptcp       bool
 	fastOpen    bool
 
-	last atomic.Uint32 // of the source's ports, where the kernel can't choose among them
+	kernelPorts bool          // the kernel can choose among the source's ports
+	last        atomic.Uint32 // of them, where it can't
 }
 
 func newOutbound(o *natmap.PoolOptions) *outbound {
@@ -34,6 +37,7 @@ func newOutbound(o *natmap.PoolOptions) *outbound {
 		const longest = 1<<31 - 1 // an int of milliseconds, 24 days
 		out.userTimeout = int(min(o.UserTimeout.Milliseconds(), longest))
 	}
+	out.kernelPorts = o.Source.Lo != 0 && kernelChooses(o.Source.Lo, o.Source.Hi)
 	if o.DSCP != nil {
 		out.dscp = int(*o.DSCP)
 	}
@@ -91,7 +95,7 @@ var errFamily = errors.New("its address and that of source= are not of one famil
 // bind gives the socket the address that the rule wants the backend to see. The kernel chooses the port when the
 // connection is made: then it may be one that is in use towards other backends.
 //
-//	setsockopt(IP_TRANSPARENT), setsockopt(IP_BIND_ADDRESS_NO_PORT), [setsockopt(IP_LOCAL_PORT_RANGE)], bind
+//	[setsockopt(IP_TRANSPARENT)], [setsockopt(IP_LOCAL_PORT_RANGE)], setsockopt(IP_BIND_ADDRESS_NO_PORT), bind
 func (o *outbound) bind(fd, family int, client netip.Addr) error {
 	from := o.source.Addr
 	if o.source.Transparent {
@@ -108,8 +112,8 @@ func (o *outbound) bind(fd, family int, client netip.Addr) error {
 			return err
 		}
 	}
-	_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
-	if o.source.Lo == 0 || setPortRange(fd, o.source.Lo, o.source.Hi) {
+	if o.source.Lo == 0 || o.kernelPorts && setPortRange(fd, o.source.Lo, o.source.Hi) == nil {
+		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
 		sa, _ := sockaddrOf(netip.AddrPortFrom(from, 0))
 		return unix.Bind(fd, sa)
 	}
@@ -123,10 +127,18 @@ func setTransparent(fd, family int) error {
 	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1)
 }
 
-// setPortRange has the kernel choose among these ports (IP_LOCAL_PORT_RANGE, since Linux 6.3). It says whether it can.
-func setPortRange(fd int, lo, hi uint16) bool {
-	const ipLocalPortRange = 51
-	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, ipLocalPortRange, int(uint32(hi)<<16|uint32(lo))) == nil
+// setPortRange has the kernel choose among these ports (IP_LOCAL_PORT_RANGE, since Linux 6.3).
+func setPortRange(fd int, lo, hi uint16) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, int(uint32(hi)<<16|uint32(lo)))
+}
+
+// kernelChooses says whether these ports are within the range that is set for the whole machine. Of others the kernel
+// takes no notice.
+func kernelChooses(lo, hi uint16) bool {
+	var from, to uint16
+	text, _ := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	n, _ := fmt.Sscan(string(text), &from, &to)
+	return n == 2 && from <= lo && hi <= to
 }
 
 // bindPort takes the next port of the range that is free. It is a loop that waits, so it does not try them all.
@@ -143,6 +155,12 @@ func (o *outbound) bindPort(fd int, from netip.Addr) error {
 		}
 	}
 	return err
+}
+
+// again says whether another port of the source may do where this one is in use towards the same server.
+func (o *outbound) again(err error, tried int) bool {
+	const tries = 16
+	return o != nil && errors.Is(err, unix.EADDRNOTAVAIL) && o.source.Lo != 0 && !o.kernelPorts && tried < tries
 }
 
 // prepare has a dialler beside the loops connect from where the rule's connections come from. There is no client whose

@@ -178,14 +178,26 @@ func (k *keeper) server(addr netip.AddrPort, unix string) *server {
 	if s == nil {
 		s = newServer(addr, unix)
 		k.servers[key] = s
-		for word, mark := range k.marks {
-			if s.isCalled(word) {
-				s.state.Or(mark)
-				s.why.Store(&asTold)
-			}
+		if mark := k.marked(s); mark != 0 {
+			s.state.Or(mark)
+			s.why.Store(&asTold)
 		}
 	}
 	return s
+}
+
+// marked is what an operator has said about a server: about its very name, or else about its host. The lock of what is
+// known is held.
+func (k *keeper) marked(s *server) uint32 {
+	if mark, ok := k.marks[s.name]; ok {
+		return mark
+	}
+	for word, mark := range k.marks {
+		if s.isCalled(word) {
+			return mark
+		}
+	}
+	return 0
 }
 
 // asTold is why a server is in the state that an operator has put it in.

@@ -94,6 +94,9 @@ func (s *Server) Describe(to chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, ktlsDesc, fallbackDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
 		to <- d
 	}
+	for _, d := range backendDescs {
+		to <- d
+	}
 	for i := range plainMetrics {
 		to <- plainMetrics[i].desc
 	}
@@ -130,6 +133,7 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 		send(fallbackDesc, prometheus.CounterValue, float64(n), reason)
 	}
 	s.collectCerts(send)
+	s.collectBackends(send)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
 }
 
