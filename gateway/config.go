@@ -59,6 +59,7 @@ func ReadConfig(s Settings) (*Config, Problems) {
 	if c.Map != nil {
 		problems = append(problems, c.readBackendCAs()...)
 		problems = append(problems, c.checkRules()...)
+		problems = append(problems, c.checkTransparent()...)
 	}
 	if problems.Errors() {
 		return nil, problems
