@@ -4,6 +4,7 @@ package gateway_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,7 +12,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -148,4 +152,54 @@ func TestBackendSeesTheClientsAddress(t *testing.T) {
 		exchange(t, c, random(1, 1<<20))
 		_ = c.Close()
 	}
+}
+
+// TestFirstBytesGoWithTheSYN: to a backend that has given out a cookie (RFC 7413).
+func TestFirstBytesGoWithTheSYN(t *testing.T) {
+	n := newNetwork(t)
+	l := within(t, n.edge, func() (net.Listener, error) {
+		if err := os.WriteFile("/proc/sys/net/ipv4/tcp_fastopen", []byte("3"), 0o600); err != nil {
+			return nil, err
+		}
+		config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN, 16) }), err)
+		}}
+		config.SetMultipathTCP(false)
+		return config.Listen(t.Context(), "tcp", "127.0.0.1:8080")
+	})
+	serveOn(t, l, func(c net.Conn) { echo(c.(*net.TCPConn)) })
+	cmd, ports := edgeCommand(t, ":{0} -> 127.0.0.1:8080 mode=tcp proxy=v1 fastopen=on", nil, "ip", "netns", "exec", n.edge)
+	e := startEdge(t, cmd, ports)
+	for range 3 {
+		c := within(t, n.client, func() (net.Conn, error) { return net.Dial("tcp", fmt.Sprintf("10.77.1.1:%d", e.ports[0])) })
+		_ = c.SetDeadline(time.Now().Add(patience))
+		_, _ = io.WriteString(c, "hello")
+		want := fmt.Sprintf("PROXY TCP4 10.77.1.2 10.77.1.1 %s %d\r\nhello", portOf(c.LocalAddr().String()), e.ports[0])
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+			t.Errorf("%q, %v; want %q", got, err, want)
+		}
+		_ = c.Close()
+	}
+	counters := within(t, n.edge, func() ([]byte, error) { return os.ReadFile("/proc/thread-self/net/netstat") })
+	if opened := counter(t, string(counters), "TCPFastOpenActive"); opened == 0 {
+		t.Error("no SYN had data")
+	}
+}
+
+// counter is a value of /proc/net/netstat: lines of names and lines of numbers.
+func counter(t testing.TB, text, name string) int {
+	t.Helper()
+	lines := strings.Split(text, "\n")
+	for i := 0; i+1 < len(lines); i += 2 {
+		if at := slices.Index(strings.Fields(lines[i]), name); at >= 0 {
+			n, err := strconv.Atoi(strings.Fields(lines[i+1])[at])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("no counter %s", name)
+	return 0
 }

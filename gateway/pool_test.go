@@ -704,3 +704,53 @@ func TestDeadPoolIsAnsweredInTLS(t *testing.T) {
 		b.lineOf(t, c).expect(t, logLine{Outcome: want, Alert: "internal_error"})
 	}
 }
+
+// TestMultipathCarriesStreams both ways, spliced and through TLS.
+func TestMultipathCarriesStreams(t *testing.T) {
+	backend := echoServer(t)
+	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp mptcp=on\n:{1} edge.test -> %s mptcp=on", backend, backend))
+	plain, secure := b.dial(t, 0), b.dialTLS(t, 1, nil)
+	exchange(t, plain, random(1, 4<<20))
+	exchange(t, secure, random(2, 4<<20))
+	for _, c := range []net.Conn{plain, secure} {
+		_ = c.Close()
+		b.lineOf(t, c).expect(t, logLine{Outcome: "ok", BytesUp: 4 << 20, BytesDown: 4 << 20})
+	}
+}
+
+// TestReloadKeepsWhatIsKnownOfBackends: who is down stays down, who is drained stays drained, and counts go on.
+func TestReloadKeepsWhatIsKnownOfBackends(t *testing.T) {
+	dead, drained, living := refusing(t), echoServer(t), echoServer(t)
+	rule := fmt.Sprintf(":{0} -> %s %s %s mode=tcp eject=1 retries=0", dead, drained, living)
+	v := startLive(t, rule, "LOOPS=1")
+	held := v.dial(t, 0) // the dead one is tried first, and is out
+	exchange(t, held, random(1, 100))
+	v.becomes(t, dead, "ejected")
+	if _, err := v.gateway.OrderBackend(drained, gateway.DrainBackend); err != nil {
+		t.Fatal(err)
+	}
+	before := v.backend(t, dead)
+	v.reload(t, rule+" idle=1h")
+	for addr, state := range map[string]string{dead: "ejected", drained: "draining", living: "up"} {
+		if i := v.backend(t, addr); i.State != state {
+			t.Errorf("after the reload %s is %s, want %s", addr, i.State, state)
+		}
+	}
+	if i := v.backend(t, dead); i.Failures < before.Failures || !i.Since.Equal(before.Since) {
+		t.Errorf("%+v became %+v", before, i)
+	}
+	if n := v.backend(t, drained).Open + v.backend(t, living).Open; n != 1 {
+		t.Errorf("%d connections are counted, and one is open", n)
+	}
+	for range 3 {
+		c := v.dial(t, 0)
+		exchange(t, c, random(2, 100))
+		_ = c.Close()
+		v.lineOf(t, c).expect(t, logLine{Outcome: "ok", Backend: living})
+	}
+	v.reload(t, ":{0} -> "+living+" mode=tcp")
+	if _, total := v.gateway.Backends(10); total != 1 {
+		t.Errorf("%d backends, and the map has one", total)
+	}
+	exchange(t, held, random(3, 100))
+}
