@@ -28,12 +28,16 @@ type spot struct {
 	n       int      // of them
 }
 
-// place is an address of a spot. Where the backend's port goes along with the listening one each port has a server of
-// its own, found when it is asked for first.
+// place is an address of a spot: a server, or, where the backend's port goes along with the listening one, many.
 type place struct {
 	server *server
-	addr   netip.Addr
-	ports  []atomic.Pointer[server] // by listening port
+	ports  *ports
+}
+
+// ports are the servers of an address by listening port, each found when it is asked for first.
+type ports struct {
+	addr    netip.Addr
+	servers []atomic.Pointer[server]
 }
 
 // at is the server for a connection; nil is the demo, which is no server.
@@ -41,11 +45,14 @@ func (p *place) at(c *conn, b *backend) *server {
 	if p.ports == nil {
 		return p.server
 	}
-	listen := c.route.rule.Listen
-	slot := &p.ports[c.report.listen.port-listen.Lo]
+	return p.ports.at(c.route, b, c.report.listen.port)
+}
+
+func (p *ports) at(r *route, b *backend, port uint16) *server {
+	slot := &p.servers[port-r.rule.Listen.Lo]
 	s := slot.Load()
 	if s == nil {
-		s = c.loop.gw.keeper.server(netip.AddrPortFrom(p.addr, b.spec.Port(listen.Lo, c.report.listen.port)), "")
+		s = r.keeper.server(netip.AddrPortFrom(p.addr, b.spec.Port(r.rule.Listen.Lo, port)), "")
 		slot.Store(s)
 	}
 	return s

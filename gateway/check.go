@@ -196,9 +196,8 @@ func (c *check) ask(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close()
-	if deadline, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(deadline)
-	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) }) // its time is over, or the gateway's
+	defer stop()
 	if c.proxy != natmap.ProxyOff {
 		if _, err := conn.Write(localHeader(c.proxy)); err != nil {
 			return plainNetError(err)

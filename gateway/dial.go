@@ -378,10 +378,10 @@ func (c *conn) connectDue() stage {
 	switch {
 	case c.backend.fd < 0:
 		return c.search()
-	case d.place == 0 && d.spot.n > 1 && d.rival.fd < 0 && c.loop.now < d.until:
-		if c.race() {
-			return connecting
-		}
+	case d.place == 0 && d.spot.n > 1 && c.loop.now < d.until:
+		c.race()
+		c.setDeadline(d.share(c))
+		return connecting
 	}
 	if d.rival.fd >= 0 {
 		c.faulted(d.rivalServer, "no answer in time")
@@ -389,26 +389,23 @@ func (c *conn) connectDue() stage {
 	return c.unanswered("no answer in time")
 }
 
-// race connects to the spot's other address as well. Whichever answers first is taken.
-func (c *conn) race() bool {
+// race connects to the spot's other address as well, if that can be. Whichever answers first is taken.
+func (c *conn) race() {
 	d := c.dial
-	s := d.spot.places[1].at(c, d.spot.backend)
 	d.place = 1
+	s := d.spot.places[1].at(c, d.spot.backend)
 	if s == nil || !s.usable() || !s.reserve(c.route.maxConns) {
-		return false
+		return
 	}
 	fd, err := d.socket(c, s)
 	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		s.open.Add(-1)
-		return false
+		return
 	}
 	d.rival, d.rivalServer = socket{fd: fd, owner: c}, s
 	if c.loop.watch(&d.rival) != nil {
 		c.dropRival()
-		return false
 	}
-	c.setDeadline(d.share(c))
-	return true
 }
 
 // endRace is for a rival that has answered: it takes the place of the one that has not, or leaves the field to it.

@@ -392,7 +392,7 @@ func (b *backend) spot(r *route, l lead, addrs ...netip.Addr) spot {
 		case listen.Len() == 1 || !b.spec.Relative && b.spec.Lo == b.spec.Hi:
 			p.server = r.keeper.server(netip.AddrPortFrom(a, b.spec.Port(listen.Lo, listen.Lo)), "")
 		default:
-			p.addr, p.ports = a, make([]atomic.Pointer[server], listen.Len())
+			p.ports = &ports{a, make([]atomic.Pointer[server], listen.Len())}
 		}
 	}
 	return s
@@ -488,13 +488,14 @@ func (p *place) each(r *route, b *backend, visit func(*backend, *server)) {
 	if p.server != nil {
 		visit(b, p.server)
 	}
+	if p.ports == nil {
+		return
+	}
 	checked := r.rule.Options.Pool.Check != natmap.Check{}
-	for i := range p.ports {
-		s := p.ports[i].Load()
+	for i := range p.ports.servers {
+		s := p.ports.servers[i].Load()
 		if s == nil && checked {
-			lo := r.rule.Listen.Lo
-			s = r.keeper.server(netip.AddrPortFrom(p.addr, b.spec.Port(lo, lo+uint16(i))), "")
-			p.ports[i].Store(s)
+			s = p.ports.at(r, b, r.rule.Listen.Lo+uint16(i))
 		}
 		if s != nil {
 			visit(b, s)

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -427,6 +428,23 @@ func TestFirstCheckDecides(t *testing.T) {
 	b.becomes(t, dead, "down")
 }
 
+// TestSilentBackendFailsItsCheck, and the end of the gateway does not wait for an answer.
+func TestSilentBackendFailsItsCheck(t *testing.T) {
+	silent := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	patient := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp check=http:/ every=200ms\n:{1} -> %s mode=tcp check=http:/ every=1h", silent.addr, patient.addr))
+	b.becomes(t, silent.addr, "down")
+	if why := b.backend(t, silent.addr).Reason; why != "check=http:/: no answer in time" {
+		t.Errorf("it is down because %q", why)
+	}
+	until(t, "the other one is asked", func() bool { return patient.accepted.Load() > 0 })
+	began := time.Now()
+	b.stop(t)
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("the gateway took %v to end", took)
+	}
+}
+
 // TestOneCheckForManyRules: however many rules name an address, it is asked as often as the most demanding one wants.
 func TestOneCheckForManyRules(t *testing.T) {
 	backend := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
@@ -548,17 +566,16 @@ func TestBackendsSeeTheSource(t *testing.T) {
 	}
 }
 
-// zone is a DNS server on loopback.
+// zone is a DNS server on loopback. What it knows of names that begin with "big" it says over TCP only.
 type zone struct {
 	addr    string
 	mu      sync.Mutex
 	records map[string][]dnsmessage.Resource // by name and type
-	asked   atomic.Int64
 }
 
 func newZone(t testing.TB) *zone {
 	t.Helper()
-	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	c, err := net.ListenPacket("udp", refusing(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -572,11 +589,28 @@ func newZone(t testing.TB) *zone {
 			if err != nil {
 				return
 			}
-			if a := z.answer(b[:n]); a != nil {
+			if a := z.answer(b[:n], false); a != nil {
 				_, _ = c.WriteTo(a, from)
 			}
 		}
 	}()
+	l, err := net.Listen("tcp", z.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveOn(t, l, func(c net.Conn) {
+		for size := make([]byte, 2); ; {
+			if _, err := io.ReadFull(c, size); err != nil {
+				return
+			}
+			b := make([]byte, binary.BigEndian.Uint16(size))
+			if _, err := io.ReadFull(c, b); err != nil {
+				return
+			}
+			a := z.answer(b, true)
+			_, _ = c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(a))), a...))
+		}
+	})
 	t.Cleanup(func() {
 		_ = c.Close()
 		<-done
@@ -584,12 +618,11 @@ func newZone(t testing.TB) *zone {
 	return z
 }
 
-func (z *zone) answer(question []byte) []byte {
+func (z *zone) answer(question []byte, overTCP bool) []byte {
 	var m dnsmessage.Message
 	if m.Unpack(question) != nil || len(m.Questions) != 1 {
 		return nil
 	}
-	z.asked.Add(1)
 	z.mu.Lock()
 	defer z.mu.Unlock()
 	q := m.Questions[0]
@@ -597,6 +630,9 @@ func (z *zone) answer(question []byte) []byte {
 	m.Answers = z.records[strings.ToLower(q.Name.String())+q.Type.String()]
 	if m.Answers == nil && z.records[strings.ToLower(q.Name.String())+dnsmessage.TypeA.String()] == nil {
 		m.RCode = dnsmessage.RCodeNameError
+	}
+	if strings.HasPrefix(q.Name.String(), "big") && !overTCP {
+		m.Truncated, m.Answers = true, nil
 	}
 	b, _ := m.Pack()
 	return b
@@ -647,8 +683,9 @@ func TestNamesLeadToAllTheirAddresses(t *testing.T) {
 		&dnsmessage.SRVResource{Priority: 1, Weight: 1, Port: uint16(port), Target: dnsmessage.MustNewName("five.test.")},
 		&dnsmessage.SRVResource{Priority: 2, Weight: 1, Port: uint16(port), Target: dnsmessage.MustNewName("app.test.")})
 	z.set("four.test", 60, address(4))
+	z.set("big.test", 0, address(2))
 	z.set("five.test", 60, address(5))
-	b := start(t, fmt.Sprintf(":{0} -> app.test:%d mode=tcp\n:{1} -> srv:_x._tcp.app.test mode=tcp\n:{2} -> nowhere.test:80 mode=tcp", port), "LOOPS=1", "RESOLVER="+z.addr)
+	b := start(t, fmt.Sprintf(":{0} -> app.test:%d mode=tcp\n:{1} -> srv:_x._tcp.app.test mode=tcp\n:{2} -> nowhere.test:80 mode=tcp\n:{3} -> big.test:%d mode=tcp", port, port), "LOOPS=1", "RESOLVER="+z.addr)
 	turns := func(i, n int) string {
 		said := ""
 		for range n {
@@ -667,10 +704,16 @@ func TestNamesLeadToAllTheirAddresses(t *testing.T) {
 		t.Errorf("the records lead to %s", got)
 	}
 	b.turnedAway(t, 2).expect(t, logLine{Outcome: "no_backend"})
+	if got := turns(3, 2); got != "22" {
+		t.Errorf("the name with a large answer leads to %s", got)
+	}
 	z.set("app.test", 0, address(5))
-	b.log.take(t, func(l logLine) bool { return l.Msg == "a backend's name leads elsewhere" }) // 5 s: a TTL of 0 is taken for that
-	if got := turns(0, 4); got != "5555" {
-		t.Errorf("the name leads to %s now", got)
+	z.set("big.test", 0, address(4))
+	for range 2 { // 5 s: a TTL of 0 is taken for that
+		b.log.take(t, func(l logLine) bool { return l.Msg == "a backend's name leads elsewhere" })
+	}
+	if got := turns(0, 4) + turns(3, 2); got != "555544" {
+		t.Errorf("the names lead to %s now", got)
 	}
 }
 

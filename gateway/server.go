@@ -275,6 +275,9 @@ func (k *keeper) ejected(s *server, out *outbound, why string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	state := s.state.Load()
+	if state&isEjected == 0 {
+		return // an operator was quicker
+	}
 	k.changed(s, state&^isEjected, state, why)
 	if time.Since(s.returned) > relapse {
 		s.pause = 0
