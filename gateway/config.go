@@ -70,6 +70,7 @@ func readConfig(s Settings) (*Config, Problems) {
 		problems = append(problems, c.readBackendCAs()...)
 		problems = append(problems, c.checkRules()...)
 		problems = append(problems, c.readLists()...)
+		problems = append(problems, c.checkTransparent()...)
 	}
 	return c, problems
 }

@@ -48,6 +48,7 @@ type conn struct {
 	hs      *handshaker
 	dial    *dialling
 	route   *route
+	server  *server // that is being connected to, or is; nil for the demo, too
 	report  report
 }
 
@@ -116,6 +117,7 @@ const (
 	waitingTurn
 	shakingHands
 	connecting
+	waitingForRoom
 	asking
 	waitingEncryption
 	encrypting
@@ -128,7 +130,7 @@ const (
 	over
 )
 
-var stageNames = [...]string{"proxy_header", "starttls", "hello", "match", "handshake_queue", "handshake", "connect",
+var stageNames = [...]string{"proxy_header", "starttls", "hello", "match", "handshake_queue", "handshake", "connect", "backend_queue",
 	"backend_starttls", "backend_tls_queue", "backend_tls", "proxy_out",
 	"login", "relay", "http_request", "linger", "reset", "over"}
 
@@ -191,7 +193,7 @@ func (c *conn) finish(o Outcome, why string) stage {
 	c.tell(o, why)
 	l := c.loop
 	l.wheel.clear(c)
-	c.dial = nil
+	c.stopSearch()
 	l.closeSocket(&c.client)
 	l.closeSocket(&c.backend)
 	c.up.release(l)
@@ -210,6 +212,18 @@ func (c *conn) finish(o Outcome, why string) stage {
 	l.log(c)
 	c.stage = over
 	return over
+}
+
+// stopSearch lets go of what belongs to the search for a backend, and of the backend's place for this connection.
+func (c *conn) stopSearch() {
+	if c.stage == waitingForRoom {
+		c.loop.leaveQueue(c)
+	}
+	if c.dial != nil {
+		c.dropRival()
+		c.dial = nil
+	}
+	c.leave()
 }
 
 // release gives back what the loop lent.

@@ -3,7 +3,7 @@
 package gateway
 
 import (
-	"net/netip"
+	"errors"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -16,11 +16,11 @@ import (
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
-// backend is one backend of a rule. Where its name leads is looked up outside the loops, and read here.
+// backend is one backend of a rule.
 type backend struct {
-	spec  *natmap.Backend
-	addrs atomic.Pointer[[]netip.Addr] // nil until the name was found; IP literals have it from the start
-	demo  bool
+	spec *natmap.Backend
+	name *name // where it leads is looked up; nil: an address, a socket, or the demo
+	demo bool
 
 	tickets *tickets // of a tls:// backend; nil: it's plain
 
@@ -29,32 +29,76 @@ type backend struct {
 
 // dialling is the search for a backend that answers.
 type dialling struct {
-	first   int // where in the route's turn the search began
-	tried   int // candidates tried, or being tried
-	addr    int // which address of the current one
-	started int64
-	until   int64 // when CONNECT_TIMEOUT is over
+	choices     *choices
+	first       int // of the primary spots, who was chosen
+	firstBackup int
+	tried       int  // spots that were looked at
+	place       int  // which address of the current one
+	round       int  // how often all were tried in vain
+	again       bool // it may be worth while to try them again: a connect failed, and that may pass
+	vain        int  // connects of this round that failed
+	full        int  // servers that have all the connections that they may have
+	out         int  // servers that were passed over, being down or the like
+	started     int64
+	until       int64 // when CONNECT_TIMEOUT is over
+	waitUntil   int64 // when queue= is
+	waited      bool
+
+	spot    *spot
 	backend *backend
-	target  netip.AddrPort
+	server  *server
 	errs    []string
 	hs      *encrypter // shakes hands with the backend
+
+	rival       socket // is connecting to the spot's other address, which is one of another family
+	rivalServer *server
 
 	talk       *talk // with a backend that speaks before TLS
 	introduced bool  // the PROXY header has gone
 }
+
+const (
+	// A connect that has not answered for so long is raced by one to the machine's other address (RFC 8305, section
+	// 5: the Connection Attempt Delay).
+	attemptDelay = 250 * time.Millisecond
+	// When all have been tried in vain they are tried again so much later, at first, and twice as late each time.
+	firstPause = 100 * time.Millisecond
+)
 
 // startConnect begins the search: the backend whose turn it is, then the others, then those marked /backup.
 func (c *conn) startConnect() stage {
 	if c.dial != nil { // MySQL: it greets before TLS
 		return c.resume()
 	}
-	l := c.loop
+	l, r := c.loop, c.route
 	c.stage = connecting
-	c.dial = &dialling{first: c.route.pick(l), started: l.now, until: l.now + int64(c.route.connect)}
+	c.dial = &dialling{started: l.now, until: l.now + int64(r.connect)}
+	c.dial.rival = socket{fd: -1, owner: c}
+	if r.waiting.Load() > 0 {
+		return c.waitForRoom() // behind those who came before
+	}
+	return c.search()
+}
+
+// search goes through the candidates from the beginning.
+func (c *conn) search() stage {
+	d := c.dial
+	c.stage = connecting
+	d.choices = c.route.choices.Load()
+	d.first, d.firstBackup = c.route.pick(c, d.choices), -1
+	d.tried, d.vain, d.full, d.out, d.spot = 0, 0, 0, 0, nil
 	return c.tryBackends()
 }
 
-// nextBackend gives up the one that is being tried and goes on to the next.
+// unanswered gives up a connect that failed, and goes on to the next backend.
+func (c *conn) unanswered(why string) stage {
+	c.dial.again = true
+	c.blame(c.dial.server, why)
+	return c.nextBackend(why)
+}
+
+// nextBackend gives up the one that is being tried and goes on to the next. What is wrong may be that its certificate is
+// not accepted: it isn't put out for that, and not tried again.
 func (c *conn) nextBackend(why string) stage {
 	d := c.dial
 	d.failed(why)
@@ -62,21 +106,45 @@ func (c *conn) nextBackend(why string) stage {
 		return c.unconnected(ConnectFailed, strings.Join(d.errs, "; "))
 	}
 	d.talk, d.introduced = nil, false
+	c.hangUp()
+	c.dropRival()
+	return c.tryBackends()
+}
+
+// hangUp closes the socket of a candidate that was given up.
+func (c *conn) hangUp() {
+	c.leave()
 	c.loop.closeSocket(&c.backend)
 	c.backend = socket{fd: -1, owner: c}
-	return c.tryBackends()
+}
+
+// faulted notes that a server could not be connected to.
+func (c *conn) faulted(s *server, why string) {
+	c.dial.again = true
+	c.dial.failed(why)
+	c.blame(s, why)
+}
+
+// blame counts it against the server, which is out when it was one time too many.
+func (c *conn) blame(s *server, why string) {
+	if s == nil || !s.refused(c.route.eject) {
+		return
+	}
+	k, out := c.loop.gw.keeper, c.route.outbound
+	go k.ejected(s, out, "connects fail: "+why)
 }
 
 func (d *dialling) failed(why string) {
 	const enough = 8 // errors in one log line
-	if len(d.errs) < enough {
+	d.vain++
+	if len(d.errs) < enough && d.round == 0 {
 		d.errs = append(d.errs, d.name()+": "+why)
 	}
 }
 
 func (d *dialling) name() string {
-	if d.target.IsValid() {
-		return d.target.String()
+	if d.server != nil {
+		return d.server.name
 	}
 	return d.backend.String()
 }
@@ -88,125 +156,229 @@ func (c *conn) tryBackends() stage {
 		if !d.advance(c) {
 			break
 		}
-		e := c.openSocket(d)
-		switch e {
-		case 0:
+		why := ""
+		switch err := c.openSocket(d); {
+		case err == nil:
 			return c.connected()
-		case unix.EINPROGRESS:
-			c.setDeadline(d.share(c))
+		case errors.Is(err, unix.EINPROGRESS):
+			d.setAttempt(c)
 			return connecting
+		default:
+			why = err.Error()
+			if e, ok := err.(unix.Errno); !ok || ownFault(e) { // of ours, not the backend's
+				d.failed(why)
+				c.hangUp()
+				continue
+			}
 		}
-		d.failed(e.Error())
-		c.loop.closeSocket(&c.backend)
-		c.backend = socket{fd: -1, owner: c}
+		c.faulted(d.server, why)
+		c.hangUp()
 	}
-	if len(d.errs) == 0 {
-		return c.unconnected(NoBackend, "none of the backends has an address")
+	return c.searched()
+}
+
+// setAttempt gives the current candidate its time: its share, or, where it has another address, until that is tried too.
+func (d *dialling) setAttempt(c *conn) {
+	t := d.share(c)
+	if d.place == 0 && d.spot.n > 1 {
+		t = min(t, int64(attemptDelay))
 	}
-	return c.unconnected(ConnectFailed, strings.Join(d.errs, "; "))
+	c.setDeadline(t)
 }
 
 // share is the current candidate's part of the time that is left, in nanoseconds.
 func (d *dialling) share(c *conn) int64 {
-	return (d.until - c.loop.now) / int64(max(1, c.route.candidates()-d.tried+1))
+	return (d.until - c.loop.now) / int64(max(1, d.choices.len()-d.tried+1))
 }
 
-// advance moves on to the next address of the current backend, or to the next backend. It says whether there is one.
-func (d *dialling) advance(c *conn) bool {
-	if d.backend != nil && d.backend.spec != nil {
-		if addrs := d.backend.addrs.Load(); addrs != nil && d.addr+1 < len(*addrs) {
-			d.addr++
-			d.target = netip.AddrPortFrom((*addrs)[d.addr], d.target.Port())
-			return true
+// searched is the end of a round in which nobody was connected to.
+func (c *conn) searched() stage {
+	d, r := c.dial, c.route
+	pause := int64(firstPause) << d.round
+	switch {
+	case d.full > 0 && d.vain == 0:
+		return c.waitForRoom()
+	case len(d.errs) == 0:
+		return c.unconnected(NoBackend, d.nobody())
+	case d.again && d.round < r.retries && c.loop.now+pause < d.until:
+		d.round++
+		c.setDeadline(pause)
+		return connecting
+	}
+	return c.unconnected(ConnectFailed, strings.Join(d.errs, "; "))
+}
+
+// nobody says why there was nobody to try.
+func (d *dialling) nobody() string {
+	if d.out == 0 {
+		return "none of the backends has an address"
+	}
+	const enough = 4
+	var all []string
+	for _, spots := range [...][]spot{d.choices.primary, d.choices.backup} {
+		for i := range spots {
+			if s := spots[i].places[0].server; s != nil && len(all) < enough {
+				all = append(all, s.name+" is "+s.word()+": "+s.reason())
+			}
 		}
 	}
-	for d.tried < c.route.candidates() {
-		d.backend, d.addr, d.target = c.route.candidate(d.first, d.tried), 0, netip.AddrPort{}
-		d.tried++
-		if d.backend.demo || d.backend.spec.Unix != "" {
-			return true
+	if len(all) == 0 {
+		return "every backend is out"
+	}
+	return strings.Join(all, "; ")
+}
+
+// advance moves on to the next address of the current spot, or to the next spot. It says whether there is one.
+func (d *dialling) advance(c *conn) bool {
+	if d.spot != nil {
+		for d.place++; d.place < d.spot.n; d.place++ {
+			if d.take(c) {
+				return true
+			}
 		}
-		addrs := d.backend.addrs.Load()
-		if addrs == nil || len(*addrs) == 0 {
-			d.failed("the name was not found")
-			continue
+	}
+	for d.tried < d.choices.len() {
+		d.spot = d.candidate(c)
+		d.backend, d.tried = d.spot.backend, d.tried+1
+		for d.place = 0; d.place < d.spot.n; d.place++ {
+			if d.take(c) {
+				return true
+			}
 		}
-		d.target = netip.AddrPortFrom((*addrs)[0], d.backend.spec.Port(c.route.rule.Listen.Lo, c.report.listen.port))
-		return true
 	}
 	return false
 }
 
-// openSocket begins to connect to the current candidate: 0 when that is done already, EINPROGRESS when it takes a while.
+// candidate is the next one: the chosen one, those behind it, and then the backups in the same way.
+func (d *dialling) candidate(c *conn) *spot {
+	from, n := d.choices, d.tried
+	if n < len(from.primary) {
+		return &from.primary[(d.first+n)%len(from.primary)]
+	}
+	if d.firstBackup < 0 {
+		d.firstBackup = draw(c, from.backup, -1)
+	}
+	return &from.backup[(d.firstBackup+n-len(from.primary))%len(from.backup)]
+}
+
+// take reserves a connection to the place that is next, if it is fit for one.
+func (d *dialling) take(c *conn) bool {
+	s := d.spot.places[d.place].at(c, d.spot.backend)
+	switch {
+	case s == nil: // the demo
+	case !s.usable():
+		d.out++
+		return false
+	case !s.reserve(c.route.maxConns):
+		d.full++
+		return false
+	}
+	d.server, c.server = s, s
+	return true
+}
+
+// openSocket begins to connect to the current candidate: nil when that is done already, EINPROGRESS when it takes a while.
 //
 //	socket, setsockopt(TCP_NODELAY), setsockopt(TCP_QUICKACK), connect -> EINPROGRESS, epoll_ctl
-func (c *conn) openSocket(d *dialling) unix.Errno {
+func (c *conn) openSocket(d *dialling) error {
 	s := &c.backend
-	fd, e := d.socket(c.loop.gw)
-	if e != 0 && e != unix.EINPROGRESS {
-		return e
+	fd, err := d.socket(c, d.server)
+	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
+		return err
 	}
 	s.fd = fd
 	if err := c.loop.watch(s); err != nil {
 		return unix.ENOMEM
 	}
-	return e
+	return err
 }
 
-// socket makes a socket for the current candidate and tells it to connect.
-func (d *dialling) socket(g *Gateway) (int32, unix.Errno) {
-	if d.backend.demo {
-		return g.demo.connect()
+// socket makes a socket and tells it to connect to a server; nil is the demo.
+func (d *dialling) socket(c *conn, to *server) (int32, error) {
+	if to == nil {
+		fd, e := c.loop.gw.demo.connect()
+		if e != 0 {
+			return fd, e
+		}
+		return fd, nil
 	}
-	var sa unix.Sockaddr
-	family := unix.AF_UNIX
-	if d.backend.spec.Unix != "" {
-		sa = &unix.SockaddrUnix{Name: d.backend.spec.Unix}
-	} else {
-		sa, family = sockaddrOf(d.target)
+	if to.unix != "" {
+		return connectTo(unix.AF_UNIX, 0, &unix.SockaddrUnix{Name: to.unix}, func(int) error { return nil })
 	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	out := c.route.outbound
+	sa, family := sockaddrOf(to.addr)
+	for tried := 1; ; tried++ {
+		fd, err := connectTo(family, out.protocol(), sa, func(fd int) error {
+			setNodelay(int32(fd)) // keepalive comes with the first silence: park
+			delayAcks(int32(fd))  // that of the connection itself goes with the first request
+			return out.begin(fd, family, c.report.source.Addr(), c.speaksFirst(d.spot.backend))
+		})
+		if !out.again(err, tried) {
+			return fd, err
+		}
+	}
+}
+
+// speaksFirst says whether a backend hears something at once: only then may its SYN wait for it.
+func (c *conn) speaksFirst(b *backend) bool {
+	return c.route.proxy != natmap.ProxyOff || len(c.pending) > 0 && (!b.speaks.Greets() || b.inside)
+}
+
+func connectTo(family, protocol int, sa unix.Sockaddr, prepare func(fd int) error) (int32, error) {
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, protocol)
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.ENOPROTOOPT) { // no MPTCP here, or switched off
+		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	}
 	if err != nil {
-		return -1, err.(unix.Errno)
+		return -1, err
 	}
-	if family != unix.AF_UNIX {
-		setNodelay(int32(fd)) // keepalive comes with the first silence: park
-		delayAcks(int32(fd))  // that of the connection itself goes with the first request
+	if err = prepare(fd); err == nil {
+		err = unix.Connect(fd, sa)
 	}
-	if err := unix.Connect(fd, sa); err != nil && err != unix.EINPROGRESS {
+	if err != nil && err != unix.EINPROGRESS {
 		_ = unix.Close(fd)
-		return -1, err.(unix.Errno)
-	} else if err != nil {
-		return int32(fd), unix.EINPROGRESS
+		return -1, err
 	}
-	return int32(fd), 0
+	return int32(fd), err
 }
 
 // connect goes on when the backend has answered, one way or the other. The client may leave meanwhile.
 func (c *conn) connect() stage {
-	s := &c.backend
+	d, s := c.dial, &c.backend
 	if c.client.failed != 0 {
 		return c.finish(ClientReset, "reset while a backend was sought")
 	}
-	if !s.writable {
+	if d.rival.fd >= 0 && d.rival.writable {
+		c.endRace()
+	}
+	if s.fd < 0 || !s.writable {
 		return connecting
 	}
 	if s.hup {
 		switch e := takeError(s.fd); {
 		case e == 0:
-		case e == unix.ECONNRESET && c.dial.backend.tickets == nil: // it took the connection and reset it: that is an answer, and goes on to the client
+		case e == unix.ECONNRESET && d.backend.tickets == nil && d.backend.speaks == starttls.Off: // it took the connection and reset it: that is an answer, and goes on to the client
 			s.failed = e
+		case d.rival.fd >= 0:
+			c.faulted(d.server, e.Error())
+			c.takeRival()
+			return c.connect()
 		default:
-			return c.nextBackend(e.Error())
+			return c.unanswered(e.Error())
 		}
 	}
+	c.dropRival()
 	return c.connected()
 }
 
 func (c *conn) connected() stage {
+	d := c.dial
 	c.backend.writable = true
-	c.report.connectTime = c.loop.now - c.dial.started
-	if b := c.dial.backend; b.speaks != starttls.Off && !b.inside && !c.cancels {
+	if d.server != nil {
+		d.server.answered()
+	}
+	c.report.connectTime = c.loop.now - d.started
+	if b := d.backend; b.speaks != starttls.Off && !b.inside && !c.cancels {
 		return c.startAsking()
 	}
 	return c.reached()
@@ -227,6 +399,77 @@ func (c *conn) found() stage {
 	return greeting
 }
 
+// connectDue is the end of the patience with a candidate, of the pause between two rounds, or of the time that one
+// address has before the other one is tried as well.
+func (c *conn) connectDue() stage {
+	d := c.dial
+	switch {
+	case c.backend.fd < 0:
+		return c.search()
+	case d.place == 0 && d.spot.n > 1 && c.loop.now < d.until:
+		c.race()
+		c.setDeadline(d.share(c))
+		return connecting
+	}
+	if d.rival.fd >= 0 {
+		c.faulted(d.rivalServer, "no answer in time")
+	}
+	return c.unanswered("no answer in time")
+}
+
+// race connects to the spot's other address as well, if that can be. Whichever answers first is taken.
+func (c *conn) race() {
+	d := c.dial
+	d.place = 1
+	s := d.spot.places[1].at(c, d.spot.backend)
+	if s == nil || !s.usable() || !s.reserve(c.route.maxConns) {
+		return
+	}
+	fd, err := d.socket(c, s)
+	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
+		s.open.Add(-1)
+		return
+	}
+	d.rival, d.rivalServer = socket{fd: fd, owner: c}, s
+	if c.loop.watch(&d.rival) != nil {
+		c.dropRival()
+	}
+}
+
+// endRace is for a rival that has answered: it takes the place of the one that has not, or leaves the field to it.
+func (c *conn) endRace() {
+	d := c.dial
+	if d.rival.hup {
+		if e := takeError(d.rival.fd); e != 0 {
+			c.faulted(d.rivalServer, e.Error())
+			c.dropRival()
+			return
+		}
+	}
+	c.blame(d.server, "the machine's other address answers sooner")
+	c.takeRival()
+}
+
+// takeRival puts the rival in the place of the one that was tried first.
+func (c *conn) takeRival() {
+	d := c.dial
+	rival, s := d.rival, d.rivalServer
+	d.rival, d.rivalServer = socket{fd: -1, owner: c}, nil
+	c.hangUp()
+	c.backend, c.server, d.server = rival, s, s
+	c.loop.socks[rival.fd] = &c.backend
+}
+
+func (c *conn) dropRival() {
+	d := c.dial
+	if d.rival.fd < 0 {
+		return
+	}
+	c.loop.closeSocket(&d.rival)
+	d.rivalServer.open.Add(-1)
+	d.rival, d.rivalServer = socket{fd: -1, owner: c}, nil
+}
+
 // unconnected ends a connection that found no backend: in words for HTTP clients there are none at this layer, so
 // TLS clients get an alert and the others a reset.
 func (c *conn) unconnected(o Outcome, why string) stage {
@@ -242,8 +485,7 @@ func (c *conn) unconnected(o Outcome, why string) stage {
 	return c.finish(o, why)
 }
 
-// route is a rule as the loops use it: its options with the settings filled in, its backends in the order of their
-// turns.
+// route is a rule as the loops use it: its options with the settings filled in, its backends, and who is to choose among.
 type route struct {
 	rule    *natmap.Rule
 	index   int    // among the generation's routes
@@ -251,16 +493,27 @@ type route struct {
 	profile *profile
 	proxy   natmap.ProxyVersion
 	kernel  *ktls.Support // what may go to the kernel; nil: nothing
+	keeper  *keeper
 
 	encryption *encryption // nil: no backend is a tls:// one
 
-	gate    *lineGate // nil: whoever comes may come in
-	pace    gate.Pace // 0: as fast as it goes
-	primary []*backend
-	backup  []*backend
-	turns   []uint16 // primary backends, each as often as its weight says, evenly mixed
+	gate     *lineGate  // nil: whoever comes may come in
+	pace     gate.Pace  // 0: as fast as it goes
+	backends []*backend // in the order of the map
+	choices  atomic.Pointer[choices]
+	balance  natmap.Balance
+	outbound *outbound // nil: nothing is asked of sockets
+	onDown   natmap.OnDown
 
-	idle, connect, linger, lifetime time.Duration
+	maxConns      int64 // to one server; 0: no bound
+	queue         natmap.Queue
+	waiting       atomic.Int64 // in the queue, on all loops
+	retries       int
+	eject         int32 // 0: off
+	slowStart     time.Duration
+	idle, connect time.Duration
+	linger        time.Duration
+	lifetime      time.Duration
 
 	use *usage
 }
@@ -268,61 +521,20 @@ type route struct {
 // usage counts the connections that a rule decided about, and those of them that are over. It stays over reloads.
 type usage struct{ entered, ended atomic.Uint64 }
 
-// pick is whose turn it is. Every loop counts for itself, so that they share nothing.
-func (r *route) pick(l *loop) int {
-	if len(r.turns) == 0 {
-		return 0
+// fillPool sets what the rule says about its backends.
+func (r *route) fillPool(o *natmap.PoolOptions) {
+	r.balance, r.onDown, r.outbound = o.Balance, o.OnDown, newOutbound(o)
+	r.maxConns, r.queue, r.slowStart = int64(o.MaxConns), o.Queue, max(o.SlowStart, 0)
+	r.retries, r.eject = natmap.DefaultRetries, natmap.DefaultEject
+	if o.Retries != nil {
+		r.retries = *o.Retries
 	}
-	for len(l.rounds) <= r.index {
-		l.rounds = append(l.rounds, 0)
+	if o.Eject != nil {
+		r.eject = int32(*o.Eject)
 	}
-	n := l.rounds[r.index]
-	l.rounds[r.index]++
-	return int(r.turns[n%uint32(len(r.turns))])
 }
 
-func (r *route) candidates() int { return len(r.primary) + len(r.backup) }
-
-// candidate is the n-th to be tried when the turn was first's.
-func (r *route) candidate(first, n int) *backend {
-	if n < len(r.primary) {
-		return r.primary[(first+n)%len(r.primary)]
-	}
-	return r.backup[n-len(r.primary)]
-}
-
-// mixTurns spreads backends over a round so that each gets exactly its weight, evenly mixed: the one that is most
-// behind its share is next (nginx's smooth weighted round-robin).
-func mixTurns(weights []int) []uint16 {
-	total, divisor := 0, 0
-	for _, w := range weights {
-		divisor = gcd(divisor, w)
-	}
-	behind := make([]int, len(weights))
-	for i := range weights {
-		total += weights[i] / divisor
-	}
-	turns := make([]uint16, 0, total)
-	for range total {
-		best := 0
-		for i, w := range weights {
-			behind[i] += w / divisor
-			if behind[i] > behind[best] {
-				best = i
-			}
-		}
-		behind[best] -= total
-		turns = append(turns, uint16(best))
-	}
-	return turns
-}
-
-func gcd(a, b int) int {
-	for b != 0 {
-		a, b = b, a%b
-	}
-	return a
-}
+func (c *choices) len() int { return len(c.primary) + len(c.backup) }
 
 func (b *backend) String() string {
 	if b.demo {

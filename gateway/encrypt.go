@@ -211,7 +211,7 @@ func newEncrypter(c *conn) *encrypter {
 	spec := d.backend.spec
 	h := &encrypter{conn: c, how: c.route.encryption, tickets: d.backend.tickets, began: c.loop.clock()}
 	h.name = h.how.nameFor(spec, c.report.sni)
-	h.peer = ticketPeer{h.name, d.target.Port()}
+	h.peer = ticketPeer{h.name, d.server.addr.Port()}
 	if c.report.negotiated != "" {
 		h.alpn = []string{c.report.negotiated}
 	}

@@ -541,7 +541,7 @@ func TestEndBehindTheHelloIsCarriedOver(t *testing.T) {
 
 // TestClientThatLeavesWhileABackendIsSoughtIsLetGo at once, not when the search is over.
 func TestClientThatLeavesWhileABackendIsSoughtIsLetGo(t *testing.T) {
-	b := start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} -> %[1]s mode=tcp", silentServer(t)), "CONNECT_TIMEOUT=40s")
+	b := start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} -> %[1]s mode=tcp", silentServer(t, "127.0.0.1:0")), "CONNECT_TIMEOUT=40s")
 	for i, mode := range []string{"terminate", "tcp"} {
 		t.Run(mode, func(t *testing.T) {
 			c := b.dial(t, i)

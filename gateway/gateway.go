@@ -44,12 +44,14 @@ type Gateway struct {
 	demo     *demo
 	kernel   *ktls.Support // nil when nobody may use it
 	house    *gatehouse
+	keeper   *keeper
 
 	generations atomic.Uint64
 	current     atomic.Pointer[generation]
 	open        atomic.Int64 // connections
 	maxConns    atomic.Int64
 	reloads     reloader
+	waiting     atomic.Int64 // connections for which no backend has room, on all loops
 	idBase      uint64
 	draining    atomic.Bool
 	complained  atomic.Int64 // when the last complaint was logged, in unix seconds
@@ -70,6 +72,7 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 	if c.Settings.KTLS != "off" {
 		g.kernel = probeKernel()
 	}
+	g.keeper = newKeeper(g)
 	g.idBase = newIDBase()
 	g.loops = make([]*loop, c.Settings.Loops)
 	for i := range g.loops {
@@ -126,7 +129,7 @@ func (g *Gateway) Start() error {
 	for _, l := range g.loops {
 		go l.run()
 	}
-	g.ended.Go(func() { g.keepResolving(ctx) })
+	g.keeper.adopt(gen)
 	g.ended.Go(func() { trim(ctx) })
 	if g.settings.Watch == "on" {
 		seed := maphash.MakeSeed()
@@ -145,19 +148,6 @@ func (g *Gateway) listen(gen *generation) error {
 		ln.loop.adopt(ln)
 	}
 	return err
-}
-
-func (g *Gateway) keepResolving(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(resolveEvery):
-			for _, p := range g.current.Load().resolve(ctx) {
-				g.log.Warn(p)
-			}
-		}
-	}
 }
 
 // Failed delivers the error that ended a loop. It never happens on a healthy kernel.
@@ -237,6 +227,7 @@ func (g *Gateway) finish(ctx context.Context) {
 		g.loopsEnd(late)
 	}
 	g.stop()
+	g.keeper.close()
 	g.demo.close()
 	g.ended.Wait()
 	g.lines.close()

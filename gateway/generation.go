@@ -4,10 +4,8 @@ package gateway
 
 import (
 	"cmp"
-	"context"
 	"crypto/tls"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -29,7 +27,8 @@ type generation struct {
 	routes   map[*natmap.Rule]*route
 	byKey    map[ruleKey]*route
 	profiles map[string]*profile
-	backends []*backend
+	names    map[*name][]*route // of backends, that have to be looked up
+	cuts     bool               // a rule says on-down=cut, or one of an earlier generation did
 	gates    gates
 	open     atomic.Int64 // connections that run under it
 
@@ -64,13 +63,13 @@ func (p *portRules) match(name string, offered []string) *route {
 }
 
 // newGeneration makes a generation of a configuration. From the last one, nil at the start, it takes over what doesn't
-// depend on it: what its backends' names led to, handshakers of the same options, the rules' counters.
+// depend on it: handshakers of the same options, the rules' counters.
 func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 	if last == nil {
 		last = &generation{}
 	}
 	gen := &generation{number: g.generations.Add(1), made: time.Now(), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules)),
-		byKey: make(map[ruleKey]*route, len(c.Map.Rules)), profiles: map[string]*profile{}}
+		byKey: make(map[ruleKey]*route, len(c.Map.Rules)), profiles: map[string]*profile{}, names: map[*name][]*route{}, cuts: last.cuts}
 	for i, rule := range c.Map.Rules {
 		r := &route{use: new(usage), rule: rule, index: i, label: fmt.Sprintf("%s:%d", rule.Pos.File, rule.Pos.Line), proxy: rule.Options.Proxy}
 		r.idle = fallback(rule.Options.Idle, g.settings.IdleTimeout)
@@ -84,34 +83,17 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 		if encrypts(rule) {
 			r.encryption = g.newEncryption(c, rule)
 		}
-		gen.addBackends(r)
+		r.fillPool(&rule.Options.Pool)
+		gen.cuts = gen.cuts || r.onDown == natmap.Cut
+		g.addBackends(gen, r)
 		gen.routes[rule], gen.byKey[keyOf(rule)] = r, r
 		if before := last.byKey[keyOf(rule)]; before != nil {
 			r.use = before.use
 		}
 	}
-	gen.remember(last)
 	gen.gates = g.house.raise(gen)
 	return gen
 }
-
-// remember takes over where names led to: should the next lookup fail, they lead there still.
-func (gen *generation) remember(last *generation) {
-	known := map[string]*[]netip.Addr{}
-	for _, b := range last.backends {
-		if b.named() {
-			known[b.spec.Host] = b.addrs.Load()
-		}
-	}
-	for _, b := range gen.backends {
-		if addrs := known[b.spec.Host]; addrs != nil && b.named() {
-			b.addrs.Store(addrs)
-		}
-	}
-}
-
-// named says whether the backend's address has to be looked up.
-func (b *backend) named() bool { return b.spec.Unix == "" && !b.spec.Addr.IsValid() }
 
 // forever is a timeout that is off: longer than anything runs, short enough that adding it to a time does not
 // overflow.
@@ -145,33 +127,6 @@ func (s *Settings) minTLS() uint16 {
 	return tls.VersionTLS12
 }
 
-// addBackends makes the route's backends and the order of their turns.
-func (gen *generation) addBackends(r *route) {
-	if r.rule.Action == natmap.Demo {
-		r.primary = []*backend{{demo: true}}
-		return
-	}
-	var weights []int
-	for i := range r.rule.Backends {
-		spec := &r.rule.Backends[i]
-		b := &backend{spec: spec, speech: speechOf(r.rule, spec)}
-		if spec.TLS {
-			b.tickets = &tickets{}
-		}
-		if spec.Addr.IsValid() {
-			b.addrs.Store(&[]netip.Addr{spec.Addr})
-		}
-		gen.backends = append(gen.backends, b)
-		if spec.Backup {
-			r.backup = append(r.backup, b)
-		} else {
-			r.primary = append(r.primary, b)
-			weights = append(weights, spec.Weight)
-		}
-	}
-	r.turns = mixTurns(weights)
-}
-
 // port is what a listener on the address and port serves.
 func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 	p := gen.config.Map.Port(addr, port)
@@ -203,51 +158,6 @@ func (gen *generation) endpoints() []endpoint {
 		}
 	}
 	return all
-}
-
-const (
-	// Names of backends are looked up again this often, outside the loops,
-	resolveEvery = 30 * time.Second
-	// and given up on after this long: the addresses known before stay.
-	resolveTimeout = 5 * time.Second
-)
-
-// resolve looks up the names of the backends, each once however many rules have it.
-func (gen *generation) resolve(ctx context.Context) (problems []string) {
-	byName := map[string][]*backend{}
-	for _, b := range gen.backends {
-		if b.named() {
-			byName[b.spec.Host] = append(byName[b.spec.Host], b)
-		}
-	}
-	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
-	defer cancel()
-	var mu sync.Mutex
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, 32) // lookups at once
-	for name, backends := range byName {
-		wg.Go(func() {
-			slots <- struct{}{}
-			defer func() { <-slots }()
-			addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
-			if err != nil {
-				mu.Lock()
-				problems = append(problems, fmt.Sprintf("look up backend %s: %v", name, err))
-				mu.Unlock()
-				return
-			}
-			for i := range addrs {
-				addrs[i] = addrs[i].Unmap()
-			}
-			slices.SortFunc(addrs, netip.Addr.Compare)
-			for _, b := range backends {
-				b.addrs.Store(&addrs)
-			}
-		})
-	}
-	wg.Wait()
-	slices.Sort(problems)
-	return problems
 }
 
 // ticketKeeper holds the session ticket keys in the form crypto/tls wants: one config, made again when the keys

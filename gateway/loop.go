@@ -41,8 +41,11 @@ type loop struct {
 	sampler    sampler
 	queue      turnQueue
 	shakers    shakers
-	fields     []zap.Field // of the line that is being logged
-	rounds     []uint32    // per route: how far the round-robin is
+	fields     []zap.Field           // of the line that is being logged
+	rounds     []uint32              // per route: how far the round-robin is
+	queues     map[*route]*turnQueue // who waits for a backend with room
+	waiting    atomic.Int32          // in queues
+	called     atomic.Bool           // to serve them
 
 	active   atomic.Int32 // handshakes that compute right now
 	inFlight int          // handshakes begun and not finished, those that wait for the client included
@@ -71,7 +74,7 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &loop{index: index, gw: g, poll: p, most: noEnd, conns: map[*conn]struct{}{}, scratch: make([]byte, scratchSize),
+	l := &loop{index: index, gw: g, poll: p, most: noEnd, conns: map[*conn]struct{}{}, queues: map[*route]*turnQueue{}, scratch: make([]byte, scratchSize),
 		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan shaker)}}
 	l.tick()
 	l.wheel.done, l.pacer.done = l.now>>tickShift, l.now>>paceShift

@@ -1362,7 +1362,7 @@ func (b *bed) visit(t testing.TB, i int) (string, logLine) {
 	c := b.dial(t, i)
 	said, err := io.ReadAll(c)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v\n%s", err, b.log.text())
 	}
 	_ = c.Close()
 	return string(said), b.lineOf(t, c)
@@ -1415,7 +1415,7 @@ func TestNextBackendIsTried(t *testing.T) {
 
 // TestSilentBackendIsGivenUp: one that doesn't answer at all gets its part of the time, and the next one is tried.
 func TestSilentBackendIsGivenUp(t *testing.T) {
-	silent := silentServer(t)
+	silent := silentServer(t, "127.0.0.1:0")
 	b := start(t, fmt.Sprintf(":{0} -> %s %s/backup mode=tcp connect=2s", silent, named(t, "living")))
 	said, l := b.visit(t, 0)
 	l.expect(t, logLine{Outcome: "ok"})
@@ -1425,12 +1425,17 @@ func TestSilentBackendIsGivenUp(t *testing.T) {
 }
 
 // silentServer is an address whose backlog is full: the kernel drops further SYNs.
-func silentServer(t testing.TB) string {
+func silentServer(t testing.TB, at string) string {
 	t.Helper()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	want := netip.MustParseAddrPort(at)
+	family, sa := syscall.AF_INET6, syscall.Sockaddr(&syscall.SockaddrInet6{Addr: want.Addr().As16()})
+	if want.Addr().Is4() {
+		family, sa = syscall.AF_INET, &syscall.SockaddrInet4{Addr: want.Addr().As4()}
+	}
+	fd, err := syscall.Socket(family, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err == nil {
 		t.Cleanup(func() { _ = syscall.Close(fd) })
-		err = errors.Join(syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), syscall.Listen(fd, 0))
+		err = errors.Join(syscall.Bind(fd, sa), syscall.Listen(fd, 0))
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -1439,7 +1444,14 @@ func silentServer(t testing.TB) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := fmt.Sprintf("127.0.0.1:%d", name.(*syscall.SockaddrInet4).Port)
+	port := 0
+	switch name := name.(type) {
+	case *syscall.SockaddrInet4:
+		port = name.Port
+	case *syscall.SockaddrInet6:
+		port = name.Port
+	}
+	addr := netip.AddrPortFrom(want.Addr(), uint16(port)).String()
 	for range 16 {
 		c, err := net.DialTimeout("tcp", addr, 300*time.Millisecond)
 		if err != nil {
@@ -1474,7 +1486,7 @@ func TestUnixSocketBackend(t *testing.T) {
 		c := dial()
 		exchange(t, c, random(1, 4<<20))
 		_ = c.Close()
-		b.lineOf(t, c).expect(t, logLine{Outcome: "ok", Backend: "unix:" + path + []string{"", "/backup"}[i], BytesUp: 4 << 20,
+		b.lineOf(t, c).expect(t, logLine{Outcome: "ok", Backend: "unix:" + path, BytesUp: 4 << 20,
 			Path: []string{"user", "splice"}[i]})
 	}
 }

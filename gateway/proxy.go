@@ -161,6 +161,7 @@ func (c *conn) greet() stage {
 	}
 	c.carried(&c.up, len(c.pending))
 	c.pending = nil
+	c.tuneClient()
 	c.active = c.loop.now
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
 	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))

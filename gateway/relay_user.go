@@ -362,7 +362,7 @@ func (c *conn) park() {
 	c.parked = true
 	if !c.kept {
 		c.kept = true
-		keepAlive(c.backend.fd)
+		c.keepKnown()
 	}
 	for _, s := range [...]*session{c.client.tls, c.backend.tls} {
 		if s != nil {

@@ -103,6 +103,7 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 	gen.added, gen.removed = r.Added, r.Removed
 	g.maxConns.Store(g.connectionLimit(gen))
 	g.current.Store(gen)
+	g.keeper.adopt(gen)
 	g.reloads.retire(last)
 	g.swap(gen, opened)
 	g.retireRules(last, gen)

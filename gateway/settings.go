@@ -39,6 +39,7 @@ type Settings struct {
 	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files allows."`
 	Handshakes int            `env:"HANDSHAKES" envDefault:"1024" doc:"TLS handshakes at once that wait for the client's next message. As many hellos again wait for their turn; beyond that the oldest is shed. As many again may be under way with tls:// backends."`
 	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
+	Resolver   string         `env:"RESOLVER" doc:"Address and port of the DNS server that is asked for the names of backends. Default: those in /etc/resolv.conf."`
 	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken, with clients and with tls:// backends: 1.2 or 1.3."`
 	KTLS       string         `env:"KTLS" envDefault:"auto" doc:"auto: the kernel opens and seals TLS for connections that stream, where it can; off: never."`
 
@@ -245,6 +246,9 @@ func (s *Settings) check() []error {
 	}
 	if s.Loops < 0 || s.Loops > 1024 {
 		bad("LOOPS", fmt.Sprint(s.Loops), "write a number from 1 to 1024, or leave it out for one loop per CPU")
+	}
+	if _, err := netip.ParseAddrPort(s.Resolver); err != nil && s.Resolver != "" {
+		bad("RESOLVER", s.Resolver, "not an address with a port; write one such as 10.0.0.53:53, or leave it out for what /etc/resolv.conf says")
 	}
 	if s.MaxConns < 0 {
 		bad("MAX_CONNS", fmt.Sprint(s.MaxConns), "can't be negative; leave it out for what the limit of open files allows")

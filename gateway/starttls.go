@@ -325,6 +325,7 @@ func (c *conn) relayed() stage {
 		d.talk = newTalk(d.backend.speech)
 		return translating
 	case t == nil:
+		c.dial = nil // the search is over
 		return relaying
 	case t.passed && !d.backend.asks:
 		return translating
@@ -332,9 +333,12 @@ func (c *conn) relayed() stage {
 		c.sendPlain(&c.down, &c.client, t.greeting)
 	}
 	c.sendPlain(&c.down, &c.client, t.heard)
-	d.talk = nil
+	c.dial = nil
 	return relaying
 }
+
+// understood ends the translation: nothing stands between the two sides any more.
+func (c *conn) understood() { c.dial, c.stage = nil, relaying }
 
 // translateBytes is what one read brings while one side is translated for the other: these are logins and greetings.
 const translateBytes = 16 << 10
@@ -355,10 +359,13 @@ func (c *conn) translate(f *flow, from, to *socket) int {
 
 // translated sends on what becomes of b, and ends the translation once there is no more need for it.
 func (c *conn) translated(f *flow, to *socket, b []byte) {
+	if c.dial == nil { // it has ended in this very turn
+		c.sendPlain(f, to, b)
+		return
+	}
 	t := c.dial.talk
 	var err error
 	switch {
-	case t == nil: // it has ended in this very turn
 	case c.dial.backend.inside && f == &c.down:
 		b, err = c.takeGreeting(b)
 	case c.dial.backend.inside:
@@ -372,9 +379,9 @@ func (c *conn) translated(f *flow, to *socket, b []byte) {
 		return
 	}
 	c.sendPlain(f, to, b)
-	if t != nil && t.bridge.Over() {
+	if t.bridge.Over() {
 		c.sendPlain(&c.up, &c.backend, t.bridge.Rest(nil))
-		c.dial.talk, c.stage = nil, relaying
+		c.understood()
 	}
 }
 
@@ -390,7 +397,7 @@ func (c *conn) takeGreeting(b []byte) (rest []byte, err error) {
 		c.say(&c.down, &c.client, alertInternalError)
 	case step == starttls.Greeted:
 		rest = t.heard
-		c.dial.talk, c.stage = nil, relaying
+		c.understood()
 	}
 	return rest, err
 }

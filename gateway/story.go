@@ -25,7 +25,7 @@ import (
 //	→ the rule                  hello.go
 //	→ the gate of the rule      entrance.go
 //	→ [terminate: handshake]    handshake.go   a goroutine of crypto/tls, bounded in number; then the keys are ours
-//	→ the backend               dial.go        the next one if one does not answer
+//	→ the backend               dial.go        chosen (balance.go), waited for (waiting.go); the next one if one does not answer
 //	→ [tls://: handshake]       encrypt.go     the same as with the client, the other way round
 //	→ the PROXY header to it    proxy.go
 //	→ [its own prelude]         starttls.go    until TLS may begin, or it has greeted
@@ -47,6 +47,8 @@ func (c *conn) story() stage {
 		return c.nudgeHandshake()
 	case connecting:
 		return c.connect()
+	case waitingForRoom:
+		return c.awaitRoom()
 	case asking:
 		return c.ask()
 	case waitingEncryption: // the queue moves it on: startHandshakes
@@ -110,9 +112,14 @@ func (c *conn) due() {
 		c.finish(Limited, "waited too long for its turn to shake hands")
 	case c.stage == shakingHands:
 		c.giveUpHandshake("the client did not answer within TLSNAT_HELLO_TIMEOUT")
-	case c.stage == connecting, c.stage == asking:
+	case c.stage == connecting:
+		c.stage = c.connectDue()
+		c.advance()
+	case c.stage == asking:
 		c.stage = c.nextBackend("no answer in time")
 		c.advance()
+	case c.stage == waitingForRoom:
+		c.waitedInVain()
 	case c.stage == waitingEncryption:
 		l.encryptQueue.remove(c)
 		c.stage = c.nextBackend("waited too long for its turn to shake hands")

@@ -165,7 +165,7 @@ func (b *bed) dial(t testing.TB, i int) *net.TCPConn {
 	t.Helper()
 	c, err := net.DialTimeout("tcp", b.addr(i), patience)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v\n%s", err, b.log.text())
 	}
 	t.Cleanup(func() { _ = c.Close() })
 	_ = c.SetDeadline(time.Now().Add(patience))

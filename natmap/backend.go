@@ -18,6 +18,7 @@ type Backend struct {
 	TLS      bool       // re-encrypt
 	StartTLS StartTLS   // with TLS: how the backend is asked for it; off: TLS from the first byte on
 	Unix     string     // absolute path of a socket; Host, Addr and the ports are then zero
+	SRV      bool       // Host is the name of SRV records, which have the ports (RFC 2782); Lo and Hi are then zero
 	Host     string     // name or IP address, without brackets
 	Addr     netip.Addr // Host, when that is an address
 	Lo, Hi   uint16
@@ -33,10 +34,11 @@ const (
 )
 
 // Port returns the backend's port for a connection that arrived at port in of a
-// listener whose first port is listenLo: the NAT. For a socket it returns 0.
+// listener whose first port is listenLo: the NAT. For a socket it returns 0, and for
+// SRV records as well.
 func (b Backend) Port(listenLo, in uint16) uint16 {
 	switch {
-	case b.Unix != "":
+	case b.Unix != "", b.SRV:
 		return 0
 	case b.Relative:
 		return uint16(int(in) + b.Offset)
@@ -64,6 +66,9 @@ func (b Backend) target() string {
 		return "unix:" + escapePath(b.Unix)
 	}
 	s := bracket(b.Host) + ":" + b.ports()
+	if b.SRV {
+		s = "srv:" + b.Host
+	}
 	switch {
 	case b.StartTLS != StartTLSOff:
 		s = "tls+" + b.StartTLS.String() + "://" + s
@@ -123,6 +128,12 @@ func (p *parser) network(b *Backend, t token, l *Listen) {
 	if i := strings.IndexByte(addr.text, '/'); i >= 0 {
 		p.suffixes(b, addr.from(i))
 		addr = addr.sub(0, i)
+	}
+	// No port begins like that: a host that is called srv is no exception.
+	if name, ok := addr.cutPrefix("srv:_"); ok {
+		b.SRV = true
+		p.backendHost(b, token{"_" + name.text, name.line, name.col - 1})
+		return
 	}
 	if host, port, ok := p.hostPort(addr); ok {
 		p.backendHost(b, host)

@@ -262,6 +262,7 @@ func (p *parser) warn(m *Map) {
 }
 
 func warnRule(r *Rule, note func(at Pos, msg, hint string)) {
+	warnPool(r, note)
 	seen := map[string]bool{}
 	backups := 0
 	for _, b := range r.Backends {

@@ -253,6 +253,7 @@ type Options struct {
 	BackendCert       string // a name of the certificate that they are shown, if they ask for one
 	BackendUnverified bool   // whoever answers is taken for the backend
 
+	Pool PoolOptions
 	Gate GateOptions
 
 	StartTLS StartTLS // how clients ask for TLS, where they begin in the clear

@@ -43,7 +43,7 @@ type option struct {
 	show func(o *Options) string
 }
 
-var options = slices.Concat(ruleOptions, gateOptions, startTLSOptions)
+var options = slices.Concat(ruleOptions, poolOptions, gateOptions, startTLSOptions)
 
 var ruleOptions = []option{
 	{

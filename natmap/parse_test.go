@@ -24,7 +24,7 @@ const contractMap = `
 # LISTEN           NAMES                        BACKENDS                                   OPTIONS
 default idle=15m proxy=v1
 :443               api.bank.example          -> 10.0.0.11:8080
-:443               *.bank.example            -> 10.0.0.12:8080 10.0.0.13:8080
+:443               *.bank.example            -> 10.0.0.12:8080 10.0.0.13:8080             balance=least-conn check=tcp
 :443               pay.bank.example          -> tls://10.0.0.21:8443                       proxy=v2
 :443               mail.bank.example         -> 10.0.0.20:443                              mode=pass
 :20000-20099                                 -> 10.0.0.30:8000-8099
@@ -47,7 +47,7 @@ func TestExampleMapParses(t *testing.T) {
 		t.Fatalf("%d rules, warnings %v", len(m.Rules), m.Warnings())
 	}
 	want := `:443 api.bank.example -> 10.0.0.11:8080 proxy=v1 idle=15m
-:443 *.bank.example -> 10.0.0.12:8080 10.0.0.13:8080 proxy=v1 idle=15m
+:443 *.bank.example -> 10.0.0.12:8080 10.0.0.13:8080 proxy=v1 idle=15m balance=least-conn check=tcp
 :443 pay.bank.example -> tls://10.0.0.21:8443 proxy=v2 idle=15m
 :443 mail.bank.example -> 10.0.0.20:443 mode=pass proxy=v1 idle=15m
 :20000-20099 -> 10.0.0.30:8000-8099 proxy=v1 idle=15m
@@ -347,6 +347,9 @@ func TestSocketPaths(t *testing.T) {
 		"unix:/run/%77eight=3/weight=4":    {Unix: "/run/weight=3", Weight: 4},
 		"unix:/run/a%20b%3b%23%25->c":      {Unix: "/run/a b;#%->c", Weight: 1},
 		"unix:/run/%C3%BC/ü":               {Unix: "/run/ü/ü", Weight: 1},
+		"srv:8080":                         {Host: "srv", Lo: 8080, Hi: 8080, Weight: 1},
+		"srv:_x._tcp.App.example/backup":   {SRV: true, Host: "_x._tcp.app.example", Weight: 1, Backup: true},
+		"tls://srv:_x._tcp.app/weight=2":   {TLS: true, SRV: true, Host: "_x._tcp.app", Weight: 2},
 	} {
 		b := mustParse(t, ":1 -> "+text).Rules[0].Backends[0]
 		if b != want {
@@ -456,8 +459,8 @@ func randomMap(r *rand.Rand) string {
 		for range r.IntN(4) {
 			b.WriteString(" " + pick("", "", "*.") + pick("a", "b", "a.b", "b.a", "c.a.b", "A.a.b."))
 		}
-		b.WriteString(" -> " + pick("h:1", "h:=", "h:+3", "h:-2", "tls://h:1/backup", "tls+imap://h:1/weight=2", "[::1]:9/weight=3", "10.0.0.9:5-6 h:2", "unix:/%62ackup/backup", "redirect", "reject", "demo"))
-		b.WriteString(pick("", "", " mode=tcp", " mode=pass", " idle=off", " alpn=h2,x lifetime=90m", " https-port=8443", " cert=*.d", " backend-verify=off backend-name=sni", " starttls=imap", " starttls=off",
+		b.WriteString(" -> " + pick("h:1", "h:=", "h:+3", "h:-2", "tls://h:1/backup", "tls+imap://h:1/weight=2", "tls+smtp://srv:_x._tcp.h", "[::1]:9/weight=3", "10.0.0.9:5-6 h:2", "unix:/%62ackup/backup", "srv:_x._tcp.h/weight=2", "redirect", "reject", "demo"))
+		b.WriteString(pick("", "", " mode=tcp", " mode=pass", " idle=off", " alpn=h2,x lifetime=90m", " https-port=8443", " cert=*.d", " balance=random max-conns=3 queue=9,1m", " check=starttls:imap fall=9", " check=http:/ every=90s source=[::1]:1-2 retries=0 dscp=ef", " backend-verify=off backend-name=sni", " starttls=imap", " starttls=off",
 			" allow=all deny=10.1.2.0/24,2001:db8::/32,@a%2C%23.txt conns=7", " conns-per-ip=5 rate-per-ip=7/m bandwidth=100Mbit/s", " handshakes=off deny=off") + pick("\n", "; ", " # c\r\n"))
 	}
 	return b.String()

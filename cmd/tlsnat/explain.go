@@ -37,7 +37,7 @@ func (p *program) explain(args []string) int {
 		p.complain(problems)
 		return exitInput
 	}
-	e := &explanation{config: config, question: q, set: p.setting, now: time.Now()}
+	e := &explanation{config: config, question: q, set: p.setting, now: time.Now(), states: p.states()}
 	e.write()
 	fmt.Fprint(p.out, e.text.String())
 	return exitOK
@@ -126,6 +126,7 @@ type explanation struct {
 	question question
 	set      func(setting string) string // a setting as the environment has it
 	now      time.Time
+	states   map[string]gateway.BackendInfo // of the running gateway, by address; nil: there is none
 
 	port *natmap.Port
 	rule *natmap.Rule
@@ -462,14 +463,15 @@ func (e *explanation) sayBackends() {
 	}
 	var first, last [][]string
 	for _, b := range r.Backends {
-		row := []string{dialled(b, r, e.question.port)}
-		switch {
-		case b.Backup:
-			last = append(last, append(row, "only when none of the others answers"))
-		case total == b.Weight:
-			first = append(first, append(row, "every connection"))
-		default:
-			first = append(first, append(row, fmt.Sprintf("%d of %d connections", b.Weight, total)))
+		at := dialled(b, r, e.question.port)
+		row := []string{at, e.part(b, total)}
+		if state := e.state(strings.TrimPrefix(at, "tls://")); state != "" {
+			row = append(row, state)
+		}
+		if b.Backup {
+			last = append(last, row)
+		} else {
+			first = append(first, row)
 		}
 	}
 	lines := table(append(first, last...))
@@ -479,12 +481,30 @@ func (e *explanation) sayBackends() {
 	e.say("backends", lines...)
 }
 
+// part is what a backend gets, of others with so much weight in all.
+func (e *explanation) part(b natmap.Backend, total int) string {
+	switch o := &e.rule.Options.Pool; {
+	case b.Backup:
+		return "only when none of the others answers"
+	case total == b.Weight:
+		return "every connection"
+	case o.Balance == natmap.First && o.MaxConns > 0:
+		return fmt.Sprintf("when those before have %d connections", o.MaxConns)
+	case o.Balance == natmap.First:
+		return "when those before are down"
+	}
+	return fmt.Sprintf("%d of %d connections", b.Weight, total)
+}
+
 // dialled is where the backend is reached from this listening port.
 func dialled(b natmap.Backend, r *natmap.Rule, port uint16) string {
 	if b.Unix != "" {
 		return "unix:" + b.Unix
 	}
 	at := b.Host
+	if b.SRV {
+		return "srv:" + at
+	}
 	if strings.Contains(at, ":") {
 		at = "[" + at + "]"
 	}
@@ -597,6 +617,10 @@ var (
 	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS", "ktls": "KTLS"}
 	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
 		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on", "starttls": "off",
+		"balance": "round-robin", "max-conns": "none", "queue": "off", "retries": strconv.Itoa(natmap.DefaultRetries), "eject": strconv.Itoa(natmap.DefaultEject),
+		"check": "off", "every": natmap.DefaultEvery.String(), "rise": strconv.Itoa(natmap.DefaultRise), "fall": strconv.Itoa(natmap.DefaultFall),
+		"slow-start": "off", "on-down": "keep", "source": "off", "keepalive": "2m", "user-timeout": "the system's", "dscp": "the system's",
+		"mptcp": "off", "fastopen": "off",
 		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off"}
 )
 

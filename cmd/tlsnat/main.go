@@ -7,6 +7,8 @@
 //	tlsnat check      read everything as run would, and say what is wrong
 //	tlsnat explain    which rule decides, and with what
 //	tlsnat show       tables of the running gateway
+//	tlsnat backend    drain, maintain or ready a backend of the running gateway
+//	tlsnat firewall   the routes that source=transparent needs
 //	tlsnat reload     have the running gateway read map and certificates again
 //	tlsnat env        every setting
 //	tlsnat version    version, Go, kernel features
@@ -52,9 +54,12 @@ const usage = `tlsnat: a Layer-4 TLS edge gateway with port NAT
   tlsnat check      read settings, map and certificates, and say what is wrong
   tlsnat explain    --port 443 [--sni NAME] [--from ADDRESS] [--addr ADDRESS] [--alpn LIST]
                     which rule decides, with which certificate, backends and options
-  tlsnat show       map|conns|certs|generations [--json] [--watch] [--limit N]
+  tlsnat show       map|conns|backends|certs|generations [--json] [--watch] [--limit N]
                     tables of the running gateway
+  tlsnat backend    drain|maintain|ready ADDRESS
+                    take a backend of the running gateway out, and back in
   tlsnat reload     have the running gateway read map and certificates again
+  tlsnat firewall   --transparent: print the routes that source=transparent needs
   tlsnat env        every setting: name, type, default, meaning
   tlsnat version    version, Go, kernel features
 
@@ -75,7 +80,7 @@ func (p *program) main() int {
 	}
 	commands := map[string]func([]string) int{
 		"run": p.run, "demo": p.demo, "check": p.check, "explain": p.explain,
-		"show": p.show, "reload": p.reload,
+		"show": p.show, "reload": p.reload, "backend": p.backend, "firewall": p.firewall,
 		"env": p.env, "version": p.version, "--version": p.version,
 	}
 	command, ok := commands[name]

@@ -321,6 +321,7 @@ func TestShow(t *testing.T) {
 		"map":         {"LISTEN", fmt.Sprint(":", r.port), "api.bank.example", r.backend.Addr().String(), "terminate", "edge.natmap:1"},
 		"conns":       {"CLIENT", "api.bank.example", "1.3", "relay"},
 		"certs":       {"EXPIRES", "api.bank.example", "ECDSA P-256", "certs/api.crt"},
+		"backends":    {"STATE", r.backend.Addr().String(), "up"},
 		"generations": {"1 (current)"},
 	} {
 		if out, code := r.ask(t, "show", what); code != exitOK || !hasAll(out, words) {
@@ -331,7 +332,7 @@ func TestShow(t *testing.T) {
 			t.Errorf("show %s --json: exit code %d, %s", what, code, out)
 		}
 	}
-	if out, code := r.ask(t, "show", "weather"); code != exitUsage || !strings.Contains(out, "show certs|conns|generations|map") {
+	if out, code := r.ask(t, "show", "weather"); code != exitUsage || !strings.Contains(out, "show backends|certs|conns|generations|map") {
 		t.Errorf("exit code %d: %s", code, out)
 	}
 	r.admin = "127.0.0.1:1"

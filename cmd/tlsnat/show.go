@@ -42,9 +42,10 @@ func viewOf[T any](get func(*admin.Client, context.Context, int) (T, error), tab
 }
 
 var views = map[string]view{
-	"map":   viewOf((*admin.Client).Map, showMap),
-	"conns": viewOf((*admin.Client).Conns, showConns),
-	"certs": viewOf((*admin.Client).Certs, showCerts),
+	"map":      viewOf((*admin.Client).Map, showMap),
+	"conns":    viewOf((*admin.Client).Conns, showConns),
+	"backends": viewOf((*admin.Client).Backends, showBackends),
+	"certs":    viewOf((*admin.Client).Certs, showCerts),
 	"generations": viewOf(func(c *admin.Client, ctx context.Context, _ int) (admin.GenerationsAnswer, error) {
 		return c.Generations(ctx)
 	}, showGenerations),

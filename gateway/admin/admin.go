@@ -16,6 +16,8 @@
 //	GET  /metrics             Prometheus
 //	GET  /healthz  /readyz    200; /readyz is 503 while the gateway drains
 //	GET  /api/v1/status  /api/v1/map  /api/v1/conns  /api/v1/certs  /api/v1/generations
+//	GET  /api/v1/backends
+//	POST /api/v1/backends/drain?backend=ADDRESS   and /maintain, /ready
 //	POST /api/v1/drain        what SIGTERM does
 //	POST /api/v1/reload       what SIGHUP does, with an answer
 //
@@ -23,7 +25,7 @@
 // Basic authentication, which is what a browser can ask its user for. Without one the address is a loopback one, and
 // who may connect to that may look.
 //
-// It does not speak TLS, and except for drain and reload it changes nothing.
+// It does not speak TLS, and except for drain, reload and the states of backends it changes nothing.
 package admin
 
 import (

@@ -864,6 +864,7 @@ func TestNamesInTheAPIStay(t *testing.T) {
 		"map":         "generation rules total",
 		"conns":       "connections ended total",
 		"certs":       "certificates total",
+		"backends":    "backends counts total",
 		"generations": "generations",
 	} {
 		if got := keys(get[map[string]any](t, b, what)); got != want {

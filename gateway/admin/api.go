@@ -92,6 +92,8 @@ func (s *Server) api(mux *http.ServeMux) {
 	})
 	get("generations", 0, 0, func(ctx context.Context, _ int) any { return GenerationsAnswer{g.Generations(ctx)} })
 	mux.HandleFunc("POST /api/v1/reload", s.reload)
+	get("backends", someEntries, maxEntries, func(_ context.Context, limit int) any { return s.backends(limit) })
+	mux.HandleFunc("POST /api/v1/backends/{order}", s.orderBackend)
 	mux.HandleFunc("POST /api/v1/drain", s.drain)
 }
 

@@ -73,6 +73,17 @@ func (c *Client) Generations(ctx context.Context) (a GenerationsAnswer, err erro
 	return a, c.ask(ctx, http.MethodGet, "generations", nil, &a)
 }
 
+// Backends is at most limit backends, those that are not up first.
+func (c *Client) Backends(ctx context.Context, limit int) (a BackendsAnswer, err error) {
+	return a, c.ask(ctx, http.MethodGet, "backends", limited(limit), &a)
+}
+
+// OrderBackend says what becomes of a backend: see gateway.OrderBackend. That there is none of this name is no error
+// here: the answer says so.
+func (c *Client) OrderBackend(ctx context.Context, backend string, order gateway.BackendOrder) (a BackendOrderAnswer, err error) {
+	return a, c.ask(ctx, http.MethodPost, "backends/"+string(order), url.Values{"backend": {backend}}, &a)
+}
+
 // Reload has the gateway read its configuration again. A configuration with errors is no error here: the answer has
 // them.
 func (c *Client) Reload(ctx context.Context) (a gateway.Reloaded, err error) {

@@ -101,6 +101,9 @@ func (s *Server) Describe(to chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc, fallbackDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
 		to <- d
 	}
+	for _, d := range backendDescs {
+		to <- d
+	}
 	for i := range plainMetrics {
 		to <- plainMetrics[i].desc
 	}
@@ -144,6 +147,7 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 		send(tableLimitDesc, prometheus.GaugeValue, float64(t.Limit), t.Name)
 	}
 	s.collectCerts(send)
+	s.collectBackends(send)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
 }
 

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/admin"
+)
+
+// backend says what becomes of a backend of the running gateway.
+func (p *program) backend(args []string) int {
+	said := map[gateway.BackendOrder]string{
+		gateway.DrainBackend:    "gets no new connections; 'tlsnat show backends' says how many are left",
+		gateway.MaintainBackend: "is in maintenance: no new connections, no checks",
+		gateway.ReadyBackend:    "is ready",
+	}
+	if len(args) != 2 || said[gateway.BackendOrder(args[0])] == "" {
+		fmt.Fprintln(p.err, "tlsnat backend: write tlsnat backend drain|maintain|ready ADDRESS, with an address as 'tlsnat show backends' has it")
+		return exitUsage
+	}
+	c, err := p.client()
+	if err != nil {
+		return p.cannot(err)
+	}
+	order := gateway.BackendOrder(args[0])
+	a, err := c.OrderBackend(context.Background(), args[1], order)
+	if err != nil {
+		return p.cannot(err)
+	}
+	if a.Error != "" {
+		fmt.Fprintln(p.err, a.Error)
+		return exitInput
+	}
+	for _, name := range a.Backends {
+		fmt.Fprintln(p.out, printable(name), said[order])
+	}
+	return exitOK
+}
+
+func showBackends(w io.Writer, a admin.BackendsAnswer) {
+	row(w, "BACKEND", "STATE", "FOR", "OPEN", "TOTAL", "FAILED", "RULES", "CHECK", "REASON")
+	for _, b := range a.Backends {
+		name := b.Address
+		if len(b.Names) > 0 {
+			name += " (" + strings.Join(b.Names, " ") + ")"
+		}
+		row(w, name, stateOf(&b), since(time.Since(b.Since).Milliseconds()), b.Open, b.Total, b.Failures, b.Rules, checksOf(&b), b.Reason)
+	}
+	more(w, len(a.Backends), a.Total)
+	if a.Counts.Waiting > 0 {
+		fmt.Fprintf(w, "\n%s for a backend with room\n", count(int(a.Counts.Waiting), "connection")+" wait")
+	}
+}
+
+func stateOf(b *gateway.BackendInfo) string {
+	if b.Warming {
+		return b.State + " (slow start)"
+	}
+	return b.State
+}
+
+// checksOf says what each check found last.
+func checksOf(b *gateway.BackendInfo) string {
+	var all []string
+	for _, c := range b.Checks {
+		result := fmt.Sprintf("%.1f ms", c.TookMS)
+		switch {
+		case c.At.IsZero():
+			result = "not yet"
+		case c.Error != "":
+			result = "failed"
+		}
+		all = append(all, c.Check+" "+result)
+	}
+	return strings.Join(all, ", ")
+}
+
+// askTime is how long explain waits for a gateway: it works without one.
+const askTime = time.Second
+
+// states asks the running gateway, if there is one, how its backends are.
+func (p *program) states() map[string]gateway.BackendInfo {
+	c, err := p.client()
+	if err != nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), askTime)
+	defer cancel()
+	const enough = 1000
+	a, err := c.Backends(ctx, enough)
+	if err != nil {
+		return nil
+	}
+	states := map[string]gateway.BackendInfo{}
+	for _, b := range a.Backends {
+		states[b.Address] = b
+	}
+	return states
+}
+
+// state is how the backend with that address is now; of a name all its addresses. Nothing is said where no gateway
+// answers.
+func (e *explanation) state(address string) string {
+	if e.states == nil {
+		return ""
+	}
+	if b, ok := e.states[address]; ok {
+		return describe(&b)
+	}
+	host := address[:max(strings.LastIndexByte(address, ':'), 0)]
+	var all []string
+	for _, b := range e.states {
+		if slices.Contains(b.Names, host) || slices.Contains(b.Names, strings.TrimPrefix(address, "srv:")) {
+			all = append(all, b.Address+" is "+describe(&b))
+		}
+	}
+	slices.Sort(all)
+	return some(all)
+}
+
+func describe(b *gateway.BackendInfo) string {
+	s := stateOf(b) + ", " + count(int(b.Open), "connection") + " open"
+	if b.Reason != "" {
+		s += " (" + b.Reason + ")"
+	}
+	return s
+}

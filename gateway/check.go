@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pires/go-proxyproto"
+
+	"github.com/tlsnat/tlsnat/gateway/starttls"
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// checkKey tells checks apart: a server is asked in the same way once, however many rules want it.
+type checkKey struct {
+	server *server
+	how    natmap.Check
+}
+
+// check is what is asked of a server, and what it answered. Of several rules the one that asks most often says how often,
+// and the first one the rest.
+type check struct {
+	checkKey
+	every      time.Duration
+	rise, fall int
+	out        *outbound
+	proxy      natmap.ProxyVersion
+	tls        bool              // the backend is a tls:// one
+	speaks     starttls.Protocol // that it is asked for TLS in; off: TLS from the first byte on
+	host       string            // that the backend is called in the map
+
+	errand *errand
+	begun  bool // it has answered once, or failed to
+	up     bool
+	streak int // checks in a row that say otherwise than up
+	err    error
+	took   time.Duration
+	at     time.Time
+}
+
+const (
+	// Checks of one gateway: as many servers, each asked every 5 s, are 2000 connects a second.
+	maxChecks = 10_000
+	// A check is given up on after every=, but not later than this: it holds a slot of those that are done at once.
+	maxCheckTime = 10 * time.Second
+	// The first checks come within so long after the start, spread over it.
+	firstChecks = time.Second
+)
+
+// prober asks whether a server is fit, over a connection to it that has been made. TCP needs no more than that.
+type prober func(ctx context.Context, conn net.Conn, c *check) error
+
+// probers are the ways to check, by the word of check=.
+var probers = map[string]prober{"tcp": probeTCP, "tls": probeTLS, "http": probeHTTP, "starttls": probeStartTLS}
+
+// check has those servers checked for which the generation's rules want it, and no others. The keeper's lock is held.
+func (k *keeper) check(gen *generation) {
+	wanted := map[checkKey]*check{}
+	for _, rule := range gen.config.Map.Rules {
+		if o := &rule.Options.Pool; (o.Check != natmap.Check{}) {
+			r := gen.routes[rule]
+			r.eachServer(func(b *backend, s *server) { k.want(wanted, r, b, s) })
+		}
+	}
+	for key, c := range k.checks {
+		if wanted[key] == nil {
+			c.errand.stop()
+			delete(k.checks, key)
+			s := key.server
+			s.checks = slices.DeleteFunc(s.checks, func(x *check) bool { return x == c })
+			k.judge(s)
+		}
+	}
+	for key, w := range wanted {
+		k.keepChecking(key, w)
+	}
+}
+
+func (k *keeper) want(wanted map[checkKey]*check, r *route, b *backend, s *server) {
+	o := &r.rule.Options.Pool
+	key := checkKey{s, o.Check}
+	c := wanted[key]
+	switch {
+	case c == nil && len(wanted) >= maxChecks:
+		if !k.crowded {
+			k.crowded = true
+			k.gw.log.Warn(fmt.Sprintf("the map asks for more than %d checks; the rest is not done", maxChecks))
+		}
+		return
+	case c == nil:
+		c = &check{checkKey: key, up: true, out: r.outbound, proxy: r.proxy, tls: b.spec.TLS, host: b.spec.Host}
+		if b.asks {
+			c.speaks = b.speaks
+		}
+		wanted[key] = c
+	}
+	if every := or(o.Every, natmap.DefaultEvery); c.every == 0 || every < c.every {
+		c.every, c.rise, c.fall = every, or(o.Rise, natmap.DefaultRise), or(o.Fall, natmap.DefaultFall)
+	}
+}
+
+func or[T comparable](v, otherwise T) T {
+	var zero T
+	if v == zero {
+		return otherwise
+	}
+	return v
+}
+
+// keepChecking goes on with a check as it is wanted now, or begins it.
+func (k *keeper) keepChecking(key checkKey, w *check) {
+	if c := k.checks[key]; c != nil {
+		sooner := w.every < c.every
+		c.every, c.rise, c.fall, c.out, c.proxy, c.tls, c.speaks, c.host = w.every, w.rise, w.fall, w.out, w.proxy, w.tls, w.speaks, w.host
+		if !sooner {
+			return
+		}
+		c.errand.stop()
+		c.errand = k.errands.start(jittered(c.every), func(e *errand) time.Duration { return k.runCheck(e, c) })
+		return
+	}
+	k.checks[key] = w
+	key.server.checks = append(key.server.checks, w)
+	soon := time.Duration(rand.Int64N(int64(min(w.every, firstChecks))))
+	w.errand = k.errands.start(soon, func(e *errand) time.Duration { return k.runCheck(e, w) })
+}
+
+// runCheck asks, and says when to ask again.
+func (k *keeper) runCheck(e *errand, c *check) time.Duration {
+	k.mu.Lock()
+	asked := *c
+	k.mu.Unlock()
+	if c.server.state.Load()&isMaintained != 0 {
+		return jittered(asked.every)
+	}
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(e.ctx, min(asked.every, maxCheckTime))
+	err := asked.ask(ctx)
+	cancel()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if e.stopped() {
+		return never
+	}
+	c.err, c.took, c.at = err, time.Since(began), began
+	if c.answered(err) {
+		k.judge(c.server)
+	}
+	return jittered(c.every)
+}
+
+// answered counts an answer, and says whether it changes what the check thinks of the server. The first one decides
+// alone: nothing is known before, and three rounds are long for who has just started.
+func (c *check) answered(err error) bool {
+	good, first := err == nil, !c.begun
+	c.begun = true
+	if good == c.up {
+		c.streak = 0
+		return false
+	}
+	needed := c.rise
+	if c.up {
+		needed = c.fall
+	}
+	if c.streak++; c.streak < needed && !first {
+		return false
+	}
+	c.up, c.streak = good, 0
+	return true
+}
+
+// judge sets a server's state to what its checks say, all of them. The keeper's lock is held.
+func (k *keeper) judge(s *server) {
+	var bits uint32
+	why := "its checks succeed"
+	for _, c := range s.checks {
+		if !c.up {
+			bits = isDown
+			why = fmt.Sprintf("check=%s: %v", c.how, c.err)
+		}
+	}
+	k.change(s, isDown, bits, why)
+}
+
+// ask makes a connection as the rule does, and has the prober look at it.
+func (c *check) ask(ctx context.Context) error {
+	conn, err := dialServer(ctx, c.server, c.out, maxCheckTime)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) }) // its time is over, or the gateway's
+	defer stop()
+	if c.proxy != natmap.ProxyOff {
+		if _, err := conn.Write(localHeader(c.proxy)); err != nil {
+			return plainNetError(err)
+		}
+	}
+	return plainNetError(probers[c.how.Kind](ctx, conn, c))
+}
+
+// localHeader is the PROXY header of a connection that is no client's (PROXY protocol, sections 2.1 and 2.2: UNKNOWN, and
+// LOCAL).
+func localHeader(v natmap.ProxyVersion) []byte {
+	if v == natmap.ProxyV1 {
+		return []byte("PROXY UNKNOWN\r\n")
+	}
+	h := proxyproto.Header{Version: 2, Command: proxyproto.LOCAL, TransportProtocol: proxyproto.UNSPEC}
+	b, _ := h.Format() // it has nothing that could not be written
+	return b
+}
+
+func probeTCP(context.Context, net.Conn, *check) error { return nil }
+
+func probeTLS(ctx context.Context, conn net.Conn, c *check) error {
+	_, err := c.encrypted(ctx, conn, c.speaks)
+	return err
+}
+
+// probeStartTLS is for servers that the map has no TLS for: clients ask them for it behind mode=pass or mode=tcp.
+func probeStartTLS(ctx context.Context, conn net.Conn, c *check) error {
+	_, err := c.encrypted(ctx, conn, starttls.Named(c.how.StartTLS.String()))
+	return err
+}
+
+// encrypted shakes hands, where a protocol says so after asking for it.
+func (c *check) encrypted(ctx context.Context, conn net.Conn, p starttls.Protocol) (*tls.Conn, error) {
+	if p != starttls.Off {
+		if err := starttls.Upgrade(conn, p, machineName()); err != nil {
+			return nil, err
+		}
+	}
+	encrypted := tls.Client(conn, c.tlsConfig())
+	return encrypted, encrypted.HandshakeContext(ctx)
+}
+
+// tlsConfig takes any certificate: whether it is accepted is for the connections to say, that carry something. A backend
+// whose certificate is wrong is not down, and to call it that would hide what is wrong.
+func (c *check) tlsConfig() *tls.Config {
+	config := &tls.Config{InsecureSkipVerify: true}
+	if _, err := netip.ParseAddr(c.host); err != nil && c.host != "" {
+		config.ServerName = strings.TrimSuffix(c.host, ".")
+	}
+	return config
+}
+
+// maxStatusLine bounds what is read of an answer. Status lines have a few dozen bytes.
+const maxStatusLine = 1024
+
+// probeHTTP asks for the path, and takes every status from 200 to 399.
+func probeHTTP(ctx context.Context, conn net.Conn, c *check) error {
+	if c.tls {
+		encrypted, err := c.encrypted(ctx, conn, c.speaks)
+		if err != nil {
+			return err
+		}
+		conn = encrypted
+	}
+	host := or(c.host, "localhost")
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: tlsnat\r\nConnection: close\r\n\r\n", c.how.Path, host); err != nil {
+		return err
+	}
+	line, err := bufio.NewReaderSize(io.LimitReader(conn, maxStatusLine), maxStatusLine).ReadString('\n')
+	var minor, status int
+	if _, scanErr := fmt.Sscanf(line, "HTTP/1.%1d %3d", &minor, &status); scanErr != nil {
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		return errors.New("the answer is not HTTP/1")
+	}
+	if status < 200 || status > 399 {
+		return fmt.Errorf("it answered %d", status)
+	}
+	return nil
+}
+
+// dialServer connects to a server beside the loops, from where the rule says.
+func dialServer(ctx context.Context, s *server, out *outbound, patience time.Duration) (net.Conn, error) {
+	d := net.Dialer{Timeout: patience, KeepAlive: -1}
+	network, address := "tcp", s.addr.String()
+	if s.unix != "" {
+		network, address = "unix", s.unix
+	} else {
+		out.prepare(&d)
+	}
+	c, err := d.DialContext(ctx, network, address)
+	return c, plainNetError(err)
+}
+
+// plainNetError is an error without the addresses, which whoever reads it knows.
+func plainNetError(err error) error {
+	var op *net.OpError
+	switch {
+	case errors.Is(err, context.DeadlineExceeded), isTimeout(err):
+		return errors.New("no answer in time")
+	case errors.As(err, &op):
+		if call, ok := errors.AsType[*os.SyscallError](op.Err); ok {
+			return call.Err
+		}
+		return op.Err
+	}
+	return err
+}
+
+func isTimeout(err error) bool {
+	var t interface{ Timeout() bool }
+	return errors.As(err, &t) && t.Timeout()
+}

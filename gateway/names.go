@@ -1,0 +1,505 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/net/dns/dnsmessage"
+
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// name is a host name that backends of the map have, and where it leads. It is looked up outside the loops, again when
+// the time to live of the answer is over; while that fails it leads where it led before.
+type name struct {
+	host  string
+	srv   bool // host is the name of SRV records
+	leads atomic.Pointer[[]lead]
+
+	// The keeper's, under its lock.
+	errand  *errand
+	failing bool
+	used    uint64 // the last generation that has it
+}
+
+// lead is a machine that a name leads to: of an SRV record, or of the name itself all of its addresses together, since
+// of those nobody knows which are one machine's.
+type lead struct {
+	addrs    []netip.Addr // sorted
+	port     uint16       // of an SRV record; 0: the map has it
+	weight   int
+	priority uint16
+}
+
+func (l lead) equal(m lead) bool {
+	return slices.Equal(l.addrs, m.addrs) && l.port == m.port && l.weight == m.weight && l.priority == m.priority
+}
+
+const (
+	// A name is looked up again when its answer's time to live is over, but not sooner than this: some servers say 0,
+	minTTL = 5 * time.Second
+	// and not later: who moves a machine does not wait for a day.
+	maxTTL = 5 * time.Minute
+	// What has no time to live (/etc/hosts), and what was not found.
+	otherTTL = 30 * time.Second
+	// A lookup is given up on after so long.
+	resolveTimeout = 5 * time.Second
+	// Addresses of one name, and spots of one route: beyond that the rest is not used.
+	maxAddrs, maxSpots = 256, 4096
+)
+
+// lookup asks where the name leads, and for how long that holds.
+func (n *name) lookup(ctx context.Context, server string) ([]lead, time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	note := &ttlNote{}
+	ctx = context.WithValue(ctx, ttlKey{}, note)
+	r := resolver(server)
+	leads, err := n.ask(ctx, r)
+	if err != nil {
+		return nil, otherTTL, plainer(err)
+	}
+	return leads, note.ttl(), nil
+}
+
+func (n *name) ask(ctx context.Context, r *net.Resolver) ([]lead, error) {
+	if !n.srv {
+		addrs, err := addrsOf(ctx, r, n.host)
+		return []lead{{addrs: addrs, weight: 1}}, err
+	}
+	_, records, err := r.LookupSRV(ctx, "", "", n.host)
+	if err != nil {
+		return nil, err
+	}
+	var leads []lead
+	for _, rec := range records[:min(len(records), maxAddrs)] {
+		addrs, addrErr := addrsOf(ctx, r, rec.Target)
+		if err = addrErr; err == nil {
+			leads = append(leads, lead{addrs, rec.Port, int(rec.Weight), rec.Priority})
+		}
+	}
+	if len(leads) > 0 { // some targets are better than none
+		err = nil
+	}
+	slices.SortFunc(leads, func(a, b lead) int {
+		return cmp.Or(cmp.Compare(a.priority, b.priority), slices.CompareFunc(a.addrs, b.addrs, netip.Addr.Compare), cmp.Compare(a.port, b.port))
+	})
+	return leads, err
+}
+
+func addrsOf(ctx context.Context, r *net.Resolver, host string) ([]netip.Addr, error) {
+	addrs, err := r.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	for i := range addrs {
+		addrs[i] = addrs[i].Unmap()
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	addrs = slices.Compact(addrs)
+	return addrs[:min(len(addrs), maxAddrs)], nil
+}
+
+// plainer is an error of a lookup without the name, which the message has already.
+func plainer(err error) error {
+	var e *net.DNSError
+	switch {
+	case errors.As(err, &e) && e.IsNotFound:
+		return errors.New("there is no such name")
+	case errors.As(err, &e) && e.IsTimeout:
+		return errors.New("no DNS server answered in time")
+	case errors.As(err, &e):
+		return errors.New(e.Err)
+	}
+	return err
+}
+
+// resolver is Go's own, with all that resolv.conf and hosts say, but that it shows the answers that it gets: package net
+// keeps their time to live to itself. server, where one is set, is asked instead of those in resolv.conf.
+func resolver(server string) *net.Resolver {
+	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, network, cmp.Or(server, address))
+		note, _ := ctx.Value(ttlKey{}).(*ttlNote)
+		switch c := c.(type) {
+		case *net.UDPConn:
+			return &packetEar{c, note}, err
+		case *net.TCPConn:
+			return &streamEar{TCPConn: c, note: note}, err
+		}
+		return c, err
+	}}
+}
+
+type ttlKey struct{}
+
+// ttlNote is the least time to live of all records of a lookup's answers.
+type ttlNote struct {
+	mu    sync.Mutex
+	least uint32 // seconds
+	heard bool
+}
+
+// hear reads a message. One that makes no sense is not for us to complain about.
+func (t *ttlNote) hear(message []byte) {
+	var p dnsmessage.Parser
+	h, err := p.Start(message)
+	if t == nil || err != nil || !h.Response || p.SkipAllQuestions() != nil {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for {
+		rr, err := p.AnswerHeader()
+		if err != nil || p.SkipAnswer() != nil {
+			return
+		}
+		if !t.heard || rr.TTL < t.least {
+			t.least, t.heard = rr.TTL, true
+		}
+	}
+}
+
+func (t *ttlNote) ttl() time.Duration {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.heard {
+		return otherTTL
+	}
+	return min(max(time.Duration(t.least)*time.Second, minTTL), maxTTL)
+}
+
+// packetEar and streamEar listen to what the resolver reads.
+type packetEar struct {
+	*net.UDPConn
+	note *ttlNote
+}
+
+func (c *packetEar) Read(p []byte) (int, error) {
+	n, err := c.UDPConn.Read(p)
+	c.note.hear(p[:max(n, 0)])
+	return n, err
+}
+
+type streamEar struct {
+	*net.TCPConn
+	note *ttlNote
+	size int // bytes read so far: the first two are the length of the message (RFC 1035, section 4.2.2)
+}
+
+func (c *streamEar) Read(p []byte) (int, error) {
+	n, err := c.TCPConn.Read(p)
+	if c.size == 2 {
+		c.note.hear(p[:max(n, 0)]) // the resolver asks for the rest at once; what doesn't come at once has no say
+	}
+	c.size += max(n, 0)
+	return n, err
+}
+
+// name is the one for a host; it is made if there is none.
+func (k *keeper) name(host string, srv bool) *name {
+	k.known.Lock()
+	defer k.known.Unlock()
+	key := host
+	if srv {
+		key = "srv:" + host
+	}
+	n := k.names[key]
+	if n == nil {
+		n = &name{host: host, srv: srv}
+		k.names[key] = n
+	}
+	return n
+}
+
+// resolve looks up the names that lead nowhere yet, and returns what is wrong with those that still do not. Names that
+// were found before have their own time.
+func (gen *generation) resolve(ctx context.Context) (problems []string) {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, 32) // lookups at once
+	for n, routes := range gen.names {
+		if n.leads.Load() != nil {
+			continue
+		}
+		wg.Go(func() {
+			slots <- struct{}{}
+			defer func() { <-slots }()
+			leads, _, err := n.lookup(ctx, gen.config.Settings.Resolver)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				problems = append(problems, fmt.Sprintf("look up backend %s: %v", n.host, err))
+				return
+			}
+			n.leads.Store(&leads)
+			for _, r := range routes {
+				r.choose()
+			}
+		})
+	}
+	wg.Wait()
+	slices.Sort(problems)
+	return problems
+}
+
+// follow has the generation's names looked up when their time comes. The keeper's lock is held.
+func (k *keeper) follow(gen *generation) {
+	for n, routes := range gen.names {
+		n.used = gen.number
+		for _, r := range routes {
+			r.choose() // the name may lead elsewhere since the generation was made
+		}
+		if n.errand == nil {
+			n.errand = k.errands.start(jittered(minTTL), func(e *errand) time.Duration { return k.lookUp(e, n) })
+		}
+	}
+}
+
+// lookUp looks a name up again, and says when the next time is.
+func (k *keeper) lookUp(e *errand, n *name) time.Duration {
+	leads, ttl, err := n.lookup(e.ctx, k.gw.settings.Resolver)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch before := n.leads.Load(); {
+	case e.stopped():
+		return never
+	case err != nil:
+		if !n.failing {
+			k.gw.log.Warn("look up backend "+n.host+": it leads where it led before", zap.Error(err))
+		}
+		n.failing = true
+		return jittered(ttl)
+	case before == nil || !slices.EqualFunc(*before, leads, lead.equal):
+		n.leads.Store(&leads)
+		k.moved(n, before != nil)
+	}
+	n.failing = false
+	return jittered(ttl)
+}
+
+// moved makes the choices of the routes anew that have a name, and looks after the servers that are new. Where the name
+// led somewhere before those begin slowly.
+func (k *keeper) moved(n *name, slowly bool) {
+	gen := k.gw.current.Load()
+	was := map[*server]bool{}
+	for _, r := range gen.names[n] {
+		r.eachServer(func(_ *backend, s *server) { was[s] = true })
+	}
+	for _, r := range gen.names[n] {
+		r.choose()
+		r.eachServer(func(_ *backend, s *server) {
+			if !was[s] && slowly && k.slowest > 0 && s.state.Load() == 0 {
+				k.warm(s)
+			}
+			was[s] = true
+		})
+	}
+	k.gw.log.Info("a backend's name leads elsewhere", zap.String("name", n.host), zap.Int("servers", len(was)))
+	k.check(gen)
+	k.gw.callWaiting()
+}
+
+// addBackends makes the route's backends and the first choices among them.
+func (g *Gateway) addBackends(gen *generation, r *route) {
+	r.keeper = g.keeper
+	if r.rule.Action == natmap.Demo {
+		r.backends = []*backend{{demo: true}}
+	}
+	for i := range r.rule.Backends {
+		spec := &r.rule.Backends[i]
+		b := &backend{spec: spec, speech: speechOf(r.rule, spec)}
+		if b.spec.TLS {
+			b.tickets = &tickets{}
+		}
+		r.backends = append(r.backends, b)
+		if b.named() {
+			b.name = g.keeper.name(b.spec.Host, b.spec.SRV)
+			gen.names[b.name] = append(gen.names[b.name], r)
+		}
+	}
+	r.choose()
+}
+
+// named says whether the backend's address has to be looked up.
+func (b *backend) named() bool { return !b.demo && b.spec.Unix == "" && !b.spec.Addr.IsValid() }
+
+// choose makes the route's choices of what its backends' names lead to now.
+func (r *route) choose() {
+	c := &choices{}
+	var weights []int
+	for _, b := range r.backends {
+		primary, backup := b.spots(r)
+		if !b.demo && b.spec.Backup {
+			primary, backup = nil, append(primary, backup...)
+		}
+		for _, s := range primary {
+			weights = append(weights, int(s.weight))
+		}
+		c.primary, c.backup = append(c.primary, primary...), append(c.backup, backup...)
+	}
+	c.primary, c.backup = c.primary[:min(len(c.primary), maxSpots)], c.backup[:min(len(c.backup), maxSpots)]
+	c.turns = mixTurns(bounded(weights[:len(c.primary)]))
+	r.choices.Store(c)
+}
+
+// spots are the candidates that a backend of the map stands for. Those of SRV records that have not the best priority
+// are backups (RFC 2782).
+func (b *backend) spots(r *route) (primary, backup []spot) {
+	switch {
+	case b.demo:
+		return []spot{{backend: b, weight: 1, n: 1}}, nil
+	case b.spec.Unix != "":
+		return []spot{{backend: b, weight: float64(b.spec.Weight), n: 1, places: [2]place{{server: r.keeper.server(netip.AddrPort{}, b.spec.Unix)}}}}, nil
+	case b.name == nil:
+		return []spot{b.spot(r, lead{weight: 1}, b.spec.Addr)}, nil
+	}
+	leads := b.name.leads.Load()
+	if leads == nil {
+		return nil, nil
+	}
+	for _, l := range scaled(*leads) {
+		for _, addrs := range paired(l.addrs) {
+			s := b.spot(r, l, addrs...)
+			if l.priority == (*leads)[0].priority {
+				primary = append(primary, s)
+			} else {
+				backup = append(backup, s)
+			}
+		}
+	}
+	return primary, backup
+}
+
+func (b *backend) spot(r *route, l lead, addrs ...netip.Addr) spot {
+	s := spot{backend: b, weight: float64(b.spec.Weight * l.weight), n: len(addrs)}
+	listen := r.rule.Listen
+	for i, a := range addrs {
+		p := &s.places[i]
+		switch {
+		case b.spec.SRV:
+			p.server = r.keeper.server(netip.AddrPortFrom(a, l.port), "")
+		case listen.Len() == 1 || !b.spec.Relative && b.spec.Lo == b.spec.Hi:
+			p.server = r.keeper.server(netip.AddrPortFrom(a, b.spec.Port(listen.Lo, listen.Lo)), "")
+		default:
+			p.ports = &ports{a, make([]atomic.Pointer[server], listen.Len())}
+		}
+	}
+	return s
+}
+
+// bounded makes weights smaller, in proportion, if a round would be too long for a table.
+func bounded(weights []int) []int {
+	const longest = 1 << 14
+	total := 0
+	for _, w := range weights {
+		total += w
+	}
+	for i, w := range weights {
+		if total > longest {
+			weights[i] = max(1, w*longest/total)
+		}
+	}
+	return weights
+}
+
+// scaled brings the weights of SRV records, which go up to 65535, down to those of the map. A weight of 0 is a small
+// chance (RFC 2782).
+func scaled(leads []lead) []lead {
+	const most = 256
+	heaviest := 0
+	for _, l := range leads {
+		heaviest = max(heaviest, l.weight)
+	}
+	scaled := slices.Clone(leads)
+	for i := range scaled {
+		if heaviest > most {
+			scaled[i].weight = scaled[i].weight * most / heaviest
+		}
+		scaled[i].weight = max(scaled[i].weight, 1)
+	}
+	return scaled
+}
+
+// paired puts an IPv6 address and an IPv4 one together as those of one machine, the preferred family first (RFC 8305,
+// section 4, leaves one of each in turn): a connect that is slow to answer is raced by one to the other. Which addresses
+// are one machine's is not known; that pairs are mixed up harms nobody, as each address is in one.
+func paired(addrs []netip.Addr) (pairs [][]netip.Addr) {
+	var six, four []netip.Addr
+	for _, a := range addrs {
+		if a.Is4() {
+			four = append(four, a)
+		} else {
+			six = append(six, a)
+		}
+	}
+	preferred, others := six, four
+	if len(six) > 0 && !reachable(six[0]) {
+		preferred, others = four, six
+	}
+	for i := range max(len(preferred), len(others)) {
+		var pair []netip.Addr
+		if i < len(preferred) {
+			pair = append(pair, preferred[i])
+		}
+		if i < len(others) {
+			pair = append(pair, others[i])
+		}
+		pairs = append(pairs, pair)
+	}
+	return pairs
+}
+
+// reachable says whether there is a route to an address. Connecting a datagram socket asks the routing table, and sends
+// nothing.
+func reachable(a netip.Addr) bool {
+	c, err := net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, 9))) // discard, RFC 863
+	if err == nil {
+		_ = c.Close()
+	}
+	return err == nil
+}
+
+// eachServer visits every server that the route may send connections to: of a range of ports all, whether they were
+// asked for yet or not.
+func (r *route) eachServer(visit func(*backend, *server)) {
+	c := r.choices.Load()
+	for _, spots := range [][]spot{c.primary, c.backup} {
+		for i := range spots {
+			s := &spots[i]
+			for j := range s.n {
+				s.places[j].each(r, s.backend, visit)
+			}
+		}
+	}
+}
+
+func (p *place) each(r *route, b *backend, visit func(*backend, *server)) {
+	if p.server != nil {
+		visit(b, p.server)
+	}
+	if p.ports == nil {
+		return
+	}
+	checked := r.rule.Options.Pool.Check != natmap.Check{}
+	for i := range p.ports.servers {
+		s := p.ports.servers[i].Load()
+		if s == nil && checked {
+			s = p.ports.at(r, b, r.rule.Listen.Lo+uint16(i))
+		}
+		if s != nil {
+			visit(b, s)
+		}
+	}
+}

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"hash/fnv"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/tlsnat/tlsnat/natmap"
+)
+
+// server is an address that backends of the map lead to, and how it fares. There is one for each address, however many
+// rules name it, and it stays over reloads. Loops read its state and count on it; everything else about it is the
+// keeper's.
+type server struct {
+	name string // "10.0.0.12:8080", "unix:/run/app.sock": in the log, for the admin, and for an operator to type
+	addr netip.AddrPort
+	unix string // path of a socket; addr is then not valid
+	seed uint64 // hash of the name, for balance=source-hash
+
+	state atomic.Uint32 // 0: fit, like nearly all of them nearly always
+	since atomic.Int64  // when it became fit again, in loop nanoseconds
+	why   atomic.Pointer[string]
+
+	_ [64]byte // what follows is written with every connection, what stands above is read: not in one cache line
+
+	open   atomic.Int64 // connections, those that are being made included
+	total  atomic.Uint64
+	broken atomic.Uint64 // connects that failed
+	inRow  atomic.Int32  // of them, since one that did not
+
+	_ [64]byte
+
+	// The keeper's, under its lock.
+	changed  time.Time // of state
+	checks   []*check
+	probe    *errand // tries to connect to it while it is ejected
+	pause    time.Duration
+	returned time.Time // when it was connected to again after an ejection
+	used     uint64    // the last generation that names it
+}
+
+// What can be wrong with a server. It gets no new connection while one of the first four is set.
+const (
+	isDown       uint32 = 1 << iota // checks say so
+	isEjected                       // it could not be connected to, several times in a row
+	isDraining                      // an operator says so
+	isMaintained                    // the same, and checks leave it alone
+	isWarming                       // it is back, and rules with slow-start= give it its full share later
+
+	blocked = isDown | isEjected | isDraining | isMaintained
+)
+
+func newServer(addr netip.AddrPort, unix string) *server {
+	s := &server{addr: addr, unix: unix, changed: time.Now()}
+	s.name = addr.String()
+	if unix != "" {
+		s.name = (&natmap.Backend{Unix: unix}).String()
+	}
+	h := fnv.New64a()
+	_, _ = h.Write([]byte(s.name))
+	s.seed = mix(h.Sum64())
+	return s
+}
+
+// usable says whether new connections may go there.
+func (s *server) usable() bool { return s.state.Load()&blocked == 0 }
+
+// warmth is the part of its share that a server gets: all of it, but for the time after it came back. It begins with a
+// twentieth, so that it gets anything at all.
+func (s *server) warmth(slowStart time.Duration, now int64) float64 {
+	if s.state.Load()&isWarming == 0 || slowStart <= 0 {
+		return 1
+	}
+	return min(max(float64(now-s.since.Load())/float64(slowStart), 0.05), 1)
+}
+
+// reserve counts one more connection, unless there are limit (0: none) already.
+func (s *server) reserve(limit int64) bool {
+	if limit == 0 {
+		s.open.Add(1)
+		return true
+	}
+	for {
+		n := s.open.Load()
+		if n >= limit {
+			return false
+		}
+		if s.open.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// answered notes a connect that succeeded.
+func (s *server) answered() {
+	s.total.Add(1)
+	if s.inRow.Load() != 0 {
+		s.inRow.Store(0)
+	}
+}
+
+// refused notes one that failed. It says whether that was one too many: then the server is out already, and who asked
+// tells the keeper.
+func (s *server) refused(eject int32) bool {
+	s.broken.Add(1)
+	if s.inRow.Add(1) < eject || eject == 0 {
+		return false
+	}
+	return s.state.Or(isEjected)&isEjected == 0
+}
+
+// reason is what is wrong with it, in words.
+func (s *server) reason() string {
+	if why := s.why.Load(); why != nil {
+		return *why
+	}
+	return ""
+}
+
+// word is the state in one word.
+func (s *server) word() string { return stateWord(s.state.Load()) }
+
+// StateWords are the states that a backend can be in, the first one is the good one. The list is closed.
+var StateWords = []string{"up", "down", "ejected", "draining", "maintenance"}
+
+func stateWord(state uint32) string {
+	switch {
+	case state&isMaintained != 0:
+		return StateWords[4]
+	case state&isDraining != 0:
+		return StateWords[3]
+	case state&isDown != 0:
+		return StateWords[1]
+	case state&isEjected != 0:
+		return StateWords[2]
+	}
+	return StateWords[0]
+}
+
+// keeper looks after the servers: it knows them by address, has them checked, lets them back in, and heeds what an
+// operator says about them. Nothing of it runs on a loop.
+type keeper struct {
+	gw      *Gateway
+	errands *errands
+
+	known   sync.Mutex // over these three, and never held for long: a loop may take it
+	servers map[string]*server
+	names   map[string]*name
+	marks   map[string]uint32 // what an operator has said, by what he called it
+
+	mu      sync.Mutex // over the rest, and what servers have under it
+	checks  map[checkKey]*check
+	slowest time.Duration // the longest slow-start= of the rules
+	crowded bool          // there were more checks than maxChecks
+}
+
+func newKeeper(g *Gateway) *keeper {
+	return &keeper{gw: g, errands: newErrands(), servers: map[string]*server{}, names: map[string]*name{},
+		marks: map[string]uint32{}, checks: map[checkKey]*check{}}
+}
+
+// server is the one for an address or a path; it is made if there is none.
+func (k *keeper) server(addr netip.AddrPort, unix string) *server {
+	key := unix
+	if unix == "" {
+		key = addr.String()
+	}
+	k.known.Lock()
+	defer k.known.Unlock()
+	s := k.servers[key]
+	if s == nil {
+		s = newServer(addr, unix)
+		k.servers[key] = s
+		if mark := k.marked(s); mark != 0 {
+			s.state.Or(mark)
+			s.why.Store(&asTold)
+		}
+	}
+	return s
+}
+
+// marked is what an operator has said about a server: about its very name, or else about its host. The lock of what is
+// known is held.
+func (k *keeper) marked(s *server) uint32 {
+	if mark, ok := k.marks[s.name]; ok {
+		return mark
+	}
+	for word, mark := range k.marks {
+		if s.isCalled(word) {
+			return mark
+		}
+	}
+	return 0
+}
+
+// asTold is why a server is in the state that an operator has put it in.
+var asTold = "an operator has said so"
+
+// isCalled says whether an operator may mean this server by a word: its name, or its host for all ports.
+func (s *server) isCalled(word string) bool {
+	if s.name == word || s.unix != "" && s.unix == strings.TrimPrefix(word, "unix:") {
+		return true
+	}
+	a, err := netip.ParseAddr(strings.Trim(word, "[]"))
+	return err == nil && s.addr.IsValid() && s.addr.Addr() == a.Unmap()
+}
+
+// change sets the bits of a server's state that are in mask, and does what comes with it. The keeper's lock is held.
+func (k *keeper) change(s *server, mask, bits uint32, why string) {
+	before := s.state.Load()
+	for !s.state.CompareAndSwap(before, before&^mask|bits) {
+		before = s.state.Load()
+	}
+	after := before&^mask | bits
+	if before&blocked == after&blocked {
+		return
+	}
+	k.changed(s, before, after, why)
+}
+
+// changed is told of every change of what keeps a server from being used.
+func (k *keeper) changed(s *server, before, after uint32, why string) {
+	s.changed = time.Now()
+	s.why.Store(&why)
+	fields := []zap.Field{zap.String("backend", s.name), zap.String("state", stateWord(after)), zap.String("reason", why),
+		zap.Int64("connections", s.open.Load())}
+	if after&blocked == 0 {
+		k.gw.log.Info("backend is up", fields...)
+		k.warm(s)
+	} else {
+		k.gw.log.Warn("backend gets no new connections", fields...)
+	}
+	if worse := after &^ before; worse&(isDown|isMaintained) != 0 {
+		k.gw.cutConnections(s, "its backend "+s.name+" is "+stateWord(after)+": "+why)
+	}
+}
+
+// warm lets a server that is back begin slowly, and lets in those who wait for one.
+func (k *keeper) warm(s *server) {
+	s.inRow.Store(0)
+	s.since.Store(int64(time.Since(k.gw.started)))
+	if k.slowest > 0 {
+		s.state.Or(isWarming)
+		k.errands.start(k.slowest, func(*errand) time.Duration {
+			if int64(time.Since(k.gw.started))-s.since.Load() >= int64(k.slowest) {
+				s.state.And(^isWarming)
+			}
+			return never
+		})
+	}
+	k.gw.callWaiting()
+}
+
+const (
+	// A server that was ejected is tried again so soon: a restart takes a fraction of a second,
+	minPause = 250 * time.Millisecond
+	// twice as late each time, but at most so late: a SYN now and then costs nothing, and clients are turned away
+	// meanwhile.
+	maxPause = 4 * time.Second
+	// One that is ejected again before it was good for so long goes on where its pauses were.
+	relapse = 30 * time.Second
+	// A connect to find out whether it is back takes at most so long.
+	probeTime = 3 * time.Second
+)
+
+// ejected takes note of a server that a loop has put out, and has it tried until it can be connected to again.
+func (k *keeper) ejected(s *server, out *outbound, why string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	state := s.state.Load()
+	if state&isEjected == 0 {
+		return // an operator was quicker
+	}
+	k.changed(s, state&^isEjected, state, why)
+	if time.Since(s.returned) > relapse {
+		s.pause = 0
+	}
+	s.probe.stop()
+	s.probe = k.errands.start(k.pause(s), func(e *errand) time.Duration {
+		c, err := dialServer(e.ctx, s, out, probeTime)
+		if err == nil {
+			_ = c.Close()
+		}
+		return k.probed(e, s, err)
+	})
+}
+
+func (k *keeper) pause(s *server) time.Duration {
+	s.pause = min(max(2*s.pause, minPause), maxPause)
+	return jittered(s.pause)
+}
+
+// probed is what came of a try. It says when the next one is.
+func (k *keeper) probed(e *errand, s *server, err error) time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch {
+	case e.stopped():
+		return never
+	case err != nil:
+		return k.pause(s)
+	}
+	s.returned = time.Now()
+	k.change(s, isEjected, 0, "it can be connected to again")
+	return never
+}
+
+// cutConnections ends the connections to a server, of rules that say on-down=cut.
+func (g *Gateway) cutConnections(s *server, why string) {
+	if !g.cuts() {
+		return
+	}
+	for _, l := range g.loops {
+		l.post(func() {
+			for c := range l.conns {
+				if c.server == s && c.route.onDown == natmap.Cut && (c.stage == relaying || c.stage == translating) {
+					c.cut(BackendReset, why)
+				}
+			}
+		})
+	}
+}
+
+// cuts says whether there is a rule that says on-down=cut.
+func (g *Gateway) cuts() bool {
+	gen := g.current.Load()
+	return gen != nil && gen.cuts
+}
+
+// never is a time until the next turn that does not come.
+const never = time.Duration(-1)
+
+// adopt makes a generation the one whose servers are looked after. What only earlier ones named is forgotten, once no
+// connection is left.
+func (k *keeper) adopt(gen *generation) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.slowest = 0
+	for _, r := range gen.routes {
+		k.slowest = max(k.slowest, r.slowStart)
+		r.eachServer(func(_ *backend, s *server) { s.used = gen.number })
+	}
+	k.follow(gen)
+	k.check(gen)
+	k.forget(gen.number)
+}
+
+// forget drops servers and names that the generation does not have.
+func (k *keeper) forget(number uint64) {
+	k.known.Lock()
+	defer k.known.Unlock()
+	for key, s := range k.servers {
+		if s.used < number && s.open.Load() == 0 {
+			s.probe.stop()
+			delete(k.servers, key)
+		}
+	}
+	for key, n := range k.names {
+		if n.used < number {
+			n.errand.stop()
+			delete(k.names, key)
+		}
+	}
+}
+
+// close ends everything that the keeper has going.
+func (k *keeper) close() { k.errands.close() }
