@@ -308,7 +308,7 @@ func (c *conn) passGreeting() stage {
 // resume goes on with the backend whose greeting the client has had, now that the client speaks TLS.
 func (c *conn) resume() stage {
 	d := c.dial
-	d.until = c.loop.now + int64(c.route.connect)
+	d.until, d.round = c.loop.now+int64(c.route.connect), 0 // what fails now is told
 	if d.backend.asks && !wholly(&c.backend, d.talk.request) {
 		return c.nextBackend("it reads nothing")
 	}

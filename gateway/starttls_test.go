@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway"
 )
 
 // script is a server of a protocol of lines: what it greets with, and what it answers to the first word of a line. What
@@ -314,21 +316,138 @@ func (b *bed) openSSL(t testing.TB, i int, protocol string) {
 	b.next(t).expect(t, logLine{SNI: "edge.test", TLS: "1.3"})
 }
 
+// mysqlGreeting is a server's, which knows no TLS.
+var mysqlGreeting = func() string {
+	s := "\x0a8.0.36\x00\x07\x00\x00\x0012345678\x00\xff\xf7\x2d\x02\x00\xff\x81\x15" + strings.Repeat("\x00", 10) + "123456789012\x00mysql_native_password\x00"
+	return string(rune(len(s))) + "\x00\x00\x00" + s
+}()
+
+// mysqlTLS asks for TLS behind the greeting, which offers it.
+func mysqlTLS(t testing.TB, c net.Conn) *tls.Conn {
+	t.Helper()
+	say(t, c, "\x20\x00\x00\x01\x00\xaa\x00\x00"+strings.Repeat("\x00", 28), strings.Replace(mysqlGreeting, "\xff\xf7", "\xff\xff", 1))
+	return tls.Client(c, clientConfig(t, nil))
+}
+
+// mysqlServer greets, and listens.
+func mysqlServer(t testing.TB) *mortal {
+	return newMortal(t, func(c *net.TCPConn) {
+		_, _ = io.WriteString(c, mysqlGreeting)
+		_, _ = io.Copy(io.Discard, c)
+	})
+}
+
+// TestGateComesBeforeMySQLsBackend: a client that may not come in costs the backend nothing, and one that may is counted
+// once, though its rule is looked at before the hello and behind it.
+func TestGateComesBeforeMySQLsBackend(t *testing.T) {
+	backend := mysqlServer(t)
+	b := start(t, ":{0} -> "+backend.addr+" starttls=mysql cert=edge.test conns=1 handshakes=1 conns-per-ip=2")
+	for range 2 {
+		c := b.dial(t, 0)
+		s := mysqlTLS(t, c)
+		if err := s.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		accepted := backend.accepted.Load()
+		b.turnedAway(t, 0).expect(t, logLine{Outcome: "limited", Stage: "starttls"})
+		if n := backend.accepted.Load(); n != accepted {
+			t.Errorf("the backend has %d connections more", n-accepted)
+		}
+		_ = s.Close()
+		b.lineOf(t, c).expectEnd(t, logLine{TLS: "1.3", Backend: backend.addr})
+	}
+}
+
+// TestGateHoldsForCancelRequests: they reach a backend without a hello.
+func TestGateHoldsForCancelRequests(t *testing.T) {
+	backend := newMortal(t, echo)
+	b := start(t, ":{0} -> "+backend.addr+" starttls=postgres cert=edge.test conns=1")
+	c := b.dialTLS(t, 0, func(c *tls.Config) { c.NextProtos = []string{"postgresql"} })
+	say(t, c, "hello", "hello")
+	cancel := b.dial(t, 0)
+	_, _ = io.WriteString(cancel, "\x00\x00\x00\x10\x04\xd2\x16\x2e\x00\x00\x00\x01keys")
+	b.lineOf(t, cancel).expect(t, logLine{Outcome: "limited", Stage: "starttls"})
+	if n := backend.accepted.Load(); n != 1 {
+		t.Errorf("the backend has %d connections", n)
+	}
+}
+
+// TestMySQLWaitsForRoom: a client that has to wait for a backend gets its greeting when there is room, or is told.
+func TestMySQLWaitsForRoom(t *testing.T) {
+	backend := mysqlServer(t)
+	b := start(t, ":{0} -> "+backend.addr+" starttls=mysql cert=edge.test max-conns=1 queue=1")
+	first := b.dial(t, 0)
+	say(t, first, "", strings.Replace(mysqlGreeting, "\xff\xf7", "\xff\xff", 1))
+	second := b.dial(t, 0)
+	until(t, "the other one waits", func() bool { return b.gateway.BackendCounts().Waiting == 1 })
+	third := b.dial(t, 0)
+	if said, err := io.ReadAll(third); err != nil || !strings.Contains(string(said), "no server answers") {
+		t.Errorf("beyond the queue a client hears %q, %v", said, err)
+	}
+	_ = third.Close()
+	b.lineOf(t, third).expect(t, logLine{Outcome: "limited"})
+	_ = first.Close()
+	s := mysqlTLS(t, second)
+	if err := s.Handshake(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestLoginOfADownBackendIsCut: a connection that is translated is one that is open.
+func TestLoginOfADownBackendIsCut(t *testing.T) {
+	backend := mysqlServer(t)
+	b := start(t, ":{0} -> "+backend.addr+" starttls=mysql cert=edge.test on-down=cut")
+	c := b.dial(t, 0)
+	if err := mysqlTLS(t, c).Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it logs in", func() bool {
+		conns := b.gateway.Conns(t.Context(), 10)
+		return len(conns) == 1 && conns[0].Stage == "login"
+	})
+	if _, err := b.gateway.OrderBackend(backend.addr, gateway.MaintainBackend); err != nil {
+		t.Fatal(err)
+	}
+	b.lineOf(t, c).expect(t, logLine{Outcome: "backend_reset", Stage: "login"})
+}
+
+// TestChecksAskForTLS: in the protocol of the backend, as connections do, or in the one that the check names.
+func TestChecksAskForTLS(t *testing.T) {
+	for _, protocol := range []string{"smtp", "imap", "pop3", "ldap"} {
+		t.Run(protocol, func(t *testing.T) {
+			encrypted, asked, passed, named := encryptedServer(t, "", script{}), encryptedServer(t, protocol, script{}), encryptedServer(t, protocol, script{}), encryptedServer(t, protocol, script{})
+			b := start(t, strings.NewReplacer("PROTOCOL", protocol, "OPTIONS", "every=1m"+verifiesBackends).Replace(`
+				:{0} edge.test -> tls+PROTOCOL://`+asked+` check=tls OPTIONS
+				:{1} edge.test -> `+passed+` mode=pass starttls=PROTOCOL check=tls every=1m
+				:{2} -> `+named+` mode=tcp check=starttls:PROTOCOL every=1m
+				:{3} edge.test -> tls://`+encrypted+` check=tls OPTIONS`), trusting(t))
+			for _, addr := range []string{asked, passed, named, encrypted} {
+				until(t, addr+" is checked", func() bool { return !b.backend(t, addr).Checks[0].At.IsZero() })
+				if i := b.backend(t, addr); i.State != "up" || !i.Checks[0].Up {
+					t.Errorf("%+v", i)
+				}
+			}
+		})
+	}
+	plain := mailScript.serve(t)
+	b := start(t, ":{0} -> "+plain+" mode=tcp check=starttls:smtp every=1m")
+	b.becomes(t, plain, "down")
+	if i := b.backend(t, plain); i.Reason != "check=starttls:smtp: it does not offer STARTTLS" {
+		t.Errorf("%+v", i)
+	}
+}
+
 // TestMySQLLoginThatIsNone: what comes instead of a login inside TLS goes to nobody.
 func TestMySQLLoginThatIsNone(t *testing.T) {
-	greeting := "\x4a\x00\x00\x00\x0a8.0.36\x00\x07\x00\x00\x0012345678\x00\xff\xf7\x2d\x02\x00\xff\x81\x15" + strings.Repeat("\x00", 10) +
-		"123456789012\x00mysql_native_password\x00"
-	greeting = string(rune(len(greeting)-4)) + greeting[1:]
 	heard := make(chan string, 1)
 	backend := serve(t, func(c *net.TCPConn) {
-		_, _ = io.WriteString(c, greeting)
+		_, _ = io.WriteString(c, mysqlGreeting)
 		b, _ := io.ReadAll(c)
 		heard <- string(b)
 	})
 	b := start(t, ":{0} -> "+backend+" starttls=mysql cert=edge.test")
 	c := b.dial(t, 0)
-	say(t, c, "\x20\x00\x00\x01\x00\xaa\x00\x00"+strings.Repeat("\x00", 28), strings.Replace(greeting, "\xff\xf7", "\xff\xff", 1))
-	s := tls.Client(c, clientConfig(t, nil))
+	s := mysqlTLS(t, c)
 	_, _ = io.WriteString(s, "\x05\x00\x00\x00\x03drop")
 	if rest, _ := io.ReadAll(s); len(rest) > 0 {
 		t.Errorf("the answer is %q", rest)
