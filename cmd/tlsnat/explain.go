@@ -464,8 +464,8 @@ func (e *explanation) sayBackends() {
 	var first, last [][]string
 	for _, b := range r.Backends {
 		at := dialled(b, r, e.question.port)
-		row := []string{at, e.part(b, total)}
-		if state := e.state(strings.TrimPrefix(at, "tls://")); state != "" {
+		row := []string{scheme(b) + at, e.part(b, total)}
+		if state := e.state(at); state != "" {
 			row = append(row, state)
 		}
 		if b.Backup {
@@ -508,13 +508,18 @@ func dialled(b natmap.Backend, r *natmap.Rule, port uint16) string {
 	if strings.Contains(at, ":") {
 		at = "[" + at + "]"
 	}
+	return at + ":" + strconv.Itoa(int(b.Port(r.Listen.Lo, port)))
+}
+
+// scheme is how the backend is spoken to, as the map writes it before the address.
+func scheme(b natmap.Backend) string {
 	switch {
 	case b.StartTLS != natmap.StartTLSOff:
-		at = "tls+" + b.StartTLS.String() + "://" + at
+		return "tls+" + b.StartTLS.String() + "://"
 	case b.TLS:
-		at = "tls://" + at
+		return "tls://"
 	}
-	return at + ":" + strconv.Itoa(int(b.Port(r.Listen.Lo, port)))
+	return ""
 }
 
 // sayEncryption says who is taken for a tls:// backend.
