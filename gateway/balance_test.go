@@ -23,7 +23,7 @@ func chooser(t testing.TB, rule string) *conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &Gateway{started: time.Now(), log: zap.NewNop()}
+	g := &Gateway{started: time.Now(), log: zap.NewNop(), house: newGatehouse()}
 	g.keeper = newKeeper(g)
 	t.Cleanup(g.keeper.close)
 	gen := g.newGeneration(&Config{Map: m}, nil)
