@@ -105,7 +105,7 @@ func (m *measured) short() []byte {
 	fmt.Fprintf(&out, "![%s](bench/charts/%s)\n\n", charts[0].title, charts[0].file)
 	m.writeTable(&out, summary)
 	var versions []string
-	for _, g := range gateways {
+	for _, g := range m.present() {
 		if words, _, _ := strings.Cut(m.fact("peer-"+g), ","); words != "" && g != us {
 			versions = append(versions, words)
 		}
