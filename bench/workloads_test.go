@@ -170,9 +170,9 @@ func BenchmarkLoops(b *testing.B) {
 		b.Skip(tlsnat.missing)
 	}
 	for _, w := range []string{"echo", "down", "up"} {
-		for _, n := range []int{1, 2} {
-			b.Run(fmt.Sprintf("peer=tlsnat/%s-%d", w, n), func(b *testing.B) {
-				g := tlsnat.openAt(b, site{backend: backendAt, bulk: w != "echo", core: anyCore, loops: n})
+		for i, loops := range []string{"one", "two"} {
+			b.Run("peer=tlsnat/"+loops+"-"+w, func(b *testing.B) {
+				g := tlsnat.openAt(b, site{backend: backendAt, bulk: w != "echo", core: anyCore, loops: i + 1})
 				switch w {
 				case "echo":
 					benchEcho(b, g, ecdsaDoor, 0, 64, 256)

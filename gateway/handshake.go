@@ -141,8 +141,8 @@ func (l *loop) handshakesWait() bool { return l.queue.n.Load() > 0 || l.encryptQ
 // shaker is a handshake that is to run: with a client or with a backend.
 type shaker interface{ run() }
 
-// shakers are goroutines that run a loop's handshakes. A few stay when they are done: a handshake needs a stack of 32 KiB
-// or so, and to grow a new one to that size costs as much as all its other memory.
+// shakers are goroutines that run a loop's handshakes. A few stay when they are done: to grow a new stack to the
+// size that a handshake needs was 3 % of its CPU time.
 type shakers struct {
 	work chan shaker
 	idle atomic.Int32

@@ -15,13 +15,13 @@ const (
 	quietBytes = 256 << 10
 	quietTicks = 4
 	trimTick   = time.Second
-	// and when as much was allocated since the last time. A connection with its handshake allocates some 40 KiB.
+	// and when as much was allocated since the last time: twice the heap below which Go collects nothing at all.
 	worthTrimming = 8 << 20
 )
 
 // trim gives back what a crowd has left behind. The garbage collector keeps as much as is in use once more, so that it
-// has time until the next collection; in a gateway that has gone quiet that is most of its memory, for nothing. A
-// collection then costs a few nanoseconds for each connection, once.
+// has time until the next collection; in a gateway that has gone quiet that is most of its memory, for nothing:
+// of 4,000 idle connections two thirds (bench, Idle).
 func trim(ctx context.Context) {
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	var last, trimmed uint64

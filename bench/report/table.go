@@ -50,12 +50,12 @@ var sections = []table{
 		{"the same, encrypted again to the backend", "Reencrypt/reencrypt-up", cpuPerGiB},
 		{"echo of 256 B, TLS ends here", "Reencrypt/terminate-echo", cpuPerOp},
 		{"the same, encrypted again to the backend", "Reencrypt/reencrypt-echo", cpuPerOp},
-		{"echo of 256 B, one loop on two cores", "Loops/echo-1", cpuPerOp},
-		{"the same, two loops", "Loops/echo-2", cpuPerOp},
-		{"bulk down, one loop on two cores", "Loops/down-1", cpuPerGiB},
-		{"the same, two loops", "Loops/down-2", cpuPerGiB},
-		{"bulk up, one loop on two cores", "Loops/up-1", cpuPerGiB},
-		{"the same, two loops", "Loops/up-2", cpuPerGiB},
+		{"echo of 256 B, one loop on two cores", "Loops/one-echo", cpuPerOp},
+		{"the same, two loops", "Loops/two-echo", cpuPerOp},
+		{"bulk down, one loop on two cores", "Loops/one-down", cpuPerGiB},
+		{"the same, two loops", "Loops/two-down", cpuPerGiB},
+		{"bulk up, one loop on two cores", "Loops/one-up", cpuPerGiB},
+		{"the same, two loops", "Loops/two-up", cpuPerGiB},
 	}},
 	{"Memory and descriptors a connection adds", []row{
 		{"idle, terminated, 1,000", "Idle/1000", memory},
@@ -105,7 +105,7 @@ func (m *measured) short() []byte {
 	fmt.Fprintf(&out, "![%s](bench/charts/%s)\n\n", charts[0].title, charts[0].file)
 	m.writeTable(&out, summary)
 	var versions []string
-	for _, g := range gateways {
+	for _, g := range m.present() {
 		if words, _, _ := strings.Cut(m.fact("peer-"+g), ","); words != "" && g != us {
 			versions = append(versions, words)
 		}
