@@ -59,6 +59,7 @@ type site struct {
 	backend string          // host:port
 	loops   int             // event loops; 0: one. Only tlsnat is asked for it
 	encrypt bool            // the backend is a gateway that ends TLS as ecdsa.test: only tlsnat is asked for it
+	full    bool            // a map of 10,000 rules, with checks and limits: only tlsnat is asked for it
 	bulk    bool            // the work to come is bulk: for a peer that has to be set up for the one or the other
 	at      map[door]string // host:port to listen on
 	port    map[door]string
@@ -255,7 +256,7 @@ func makeCertificate(dir string, d door, key, public any) error {
 	form := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
 		Subject:      pkix.Name{CommonName: name},
-		DNSNames:     []string{name},
+		DNSNames:     []string{name, "*." + name},
 		NotBefore:    time.Now().Add(-time.Hour),
 		NotAfter:     time.Now().AddDate(1, 0, 0),
 		KeyUsage:     x509.KeyUsageDigitalSignature,

@@ -186,6 +186,31 @@ func BenchmarkLoops(b *testing.B) {
 	}
 }
 
+// BenchmarkSwitch is what all that can be switched on costs: handshakes, echo and bulk under a map of four rules without options (bare), and under one of
+// 10,000 with lists, limits, checks and balancing (full).
+func BenchmarkSwitch(b *testing.B) {
+	if tlsnat.missing != nil {
+		b.Skip(tlsnat.missing)
+	}
+	for _, w := range []string{"handshake", "echo", "down", "up"} {
+		for _, how := range []string{"bare", "full"} {
+			b.Run("peer=tlsnat/"+how+"-"+w, func(b *testing.B) {
+				g := tlsnat.openAt(b, site{backend: backendAt, core: here.gatewayCore, full: how == "full"})
+				switch w {
+				case "handshake":
+					benchVisits(b, g, g.way(ecdsaDoor), false)
+				case "echo":
+					benchEcho(b, g, ecdsaDoor, 0, 64, 256)
+				case "down":
+					benchBulk(b, g, ecdsaDoor, 1, 0)
+				case "up":
+					benchBulk(b, g, ecdsaDoor, 0, 1)
+				}
+			})
+		}
+	}
+}
+
 func benchBulk(b *testing.B, g *gateway, d door, down, up int) {
 	const streams = 4
 	size := 32 << 20

@@ -57,6 +57,16 @@ var sections = []table{
 		{"bulk up, one loop on two cores", "Loops/one-up", cpuPerGiB},
 		{"the same, two loops", "Loops/two-up", cpuPerGiB},
 	}},
+	{"A map of 10,000 rules with lists, limits, checks and balancing", []row{
+		{"full handshake + 256 B echo, four rules without options", "Switch/bare-handshake", cpuPerOp},
+		{"the same, with all of it", "Switch/full-handshake", cpuPerOp},
+		{"echo of 256 B, four rules without options", "Switch/bare-echo", cpuPerOp},
+		{"the same, with all of it", "Switch/full-echo", cpuPerOp},
+		{"bulk down, four rules without options", "Switch/bare-down", cpuPerGiB},
+		{"the same, with all of it", "Switch/full-down", cpuPerGiB},
+		{"bulk up, four rules without options", "Switch/bare-up", cpuPerGiB},
+		{"the same, with all of it", "Switch/full-up", cpuPerGiB},
+	}},
 	{"Memory and descriptors a connection adds", []row{
 		{"idle, terminated, 1,000", "Idle/1000", memory},
 		{"idle, terminated, 4,000", "Idle/4000", memory},
