@@ -17,11 +17,14 @@ var haproxy = &peer{
 	asked:   []string{"-vv"},
 	version: regexp.MustCompile(`(?m)^HAProxy version \S+|^Running on .*SSL version : .*$`),
 	setUp: func(s site) ([]string, error) {
-		splice := "option splice-auto"
-		if s.bulk {
+		config, splice := haproxyConfig, "option splice-auto"
+		if s.bulk && !s.manual {
 			splice = "option splice-request\n\toption splice-response"
 		}
-		path, err := s.fill("haproxy.cfg", strings.Replace(haproxyConfig, "{splice}", splice, 1))
+		if s.manual {
+			config = strings.NewReplacer("\ttune.bufsize {buffer}\n", "", "\ttune.pipesize 1048576\n", "").Replace(config)
+		}
+		path, err := s.fill("haproxy.cfg", strings.Replace(config, "{splice}", splice, 1))
 		return []string{"-db", "-q", "-f", path}, err
 	},
 }

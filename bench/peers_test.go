@@ -59,6 +59,7 @@ type site struct {
 	backend string          // host:port
 	loops   int             // event loops; 0: one. Only tlsnat is asked for it
 	encrypt bool            // the backend is a gateway that ends TLS as ecdsa.test: only tlsnat is asked for it
+	manual  bool            // set up as the peer's manual has it, not told what work is to come: only haproxy is asked for it
 	full    bool            // a map of 10,000 rules, with checks and limits: only tlsnat is asked for it
 	bulk    bool            // the work to come is bulk: for a peer that has to be set up for the one or the other
 	at      map[door]string // host:port to listen on

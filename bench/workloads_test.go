@@ -241,6 +241,24 @@ func BenchmarkPassthrough(b *testing.B) {
 	}
 }
 
+// BenchmarkManual is bulk without TLS beside HAProxy as its manual has it: splice-auto, buffers of 16 KiB, and the pipes of 64 KiB that Linux gives. Who does not know that
+// HAProxy has to be told to splice always, and into larger pipes, gets this.
+func BenchmarkManual(b *testing.B) {
+	for _, c := range []struct {
+		name     string
+		down, up int
+	}{{"tcp-down", 1, 0}, {"tcp-up", 0, 1}} {
+		for _, p := range []*peer{tlsnat, haproxy} {
+			if p.missing == nil {
+				b.Run("peer="+p.name+"/"+c.name, func(b *testing.B) {
+					g := p.openAt(b, site{backend: backendAt, bulk: true, manual: true, core: here.gatewayCore})
+					benchBulk(b, g, tcpDoor, c.down, c.up)
+				})
+			}
+		}
+	}
+}
+
 // BenchmarkIdle keeps connections that do nothing: what each adds to memory and descriptors, and the CPU time it takes to have it for a second. The
 // base is the gateway after 64 visits, with nobody connected.
 func BenchmarkIdle(b *testing.B) {

@@ -40,6 +40,8 @@ var sections = []table{
 		{"`mode=tcp` bulk down", "Passthrough/tcp-down", cpuPerGiB},
 		{"`mode=tcp` bulk up", "Passthrough/tcp-up", cpuPerGiB},
 		{"`mode=tcp` echo of 256 B", "Passthrough/tcp-echo", cpuPerOp},
+		{"`mode=tcp` bulk down, HAProxy as its manual has it", "Manual/tcp-down", cpuPerGiB},
+		{"`mode=tcp` bulk up, HAProxy as its manual has it", "Manual/tcp-up", cpuPerGiB},
 		{"half a ClientHello accepted", "HalfHello/4000", cpuPerOp},
 		{"an idle connection, of 8,000", "Idle/8000", idleCPU},
 	}},
