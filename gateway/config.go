@@ -71,6 +71,7 @@ func readConfig(s Settings) (*Config, Problems) {
 		problems = append(problems, c.checkRules()...)
 		problems = append(problems, c.readLists()...)
 		problems = append(problems, c.checkTransparent()...)
+		problems = append(problems, c.checkTLVs()...)
 	}
 	return c, problems
 }

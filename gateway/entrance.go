@@ -187,11 +187,12 @@ func (h *gatehouse) sweep(keep map[*lineCount]bool) {
 // gates are the entrances of a generation's ports, by address, every address first, and port.
 type gates []island
 
-// island is a run of listening ports whose rules overlap, with what the rules have in common.
+// island is a run of listening ports whose rules overlap, with what the rules have in common, and what any of them asks for.
 type island struct {
 	natmap.Listen
 	gate *entrance
-	some bool // rules were seen
+	some bool            // rules were seen
+	tlvs natmap.TLVTypes // of PROXY headers, that rules ask for
 }
 
 // raise makes the gates of a generation's routes and ports.
@@ -206,6 +207,7 @@ func (h *gatehouse) raise(gen *generation) gates {
 		r.pace = gate.Pace(rule.Options.Gate.Bandwidth)
 		r.gate = m.lineGate(rule, gen.config.Gate(rule))
 		is := g.island(rule.Listen.Addr, rule.Listen.Lo)
+		is.askTLVs(&rule.Options.TLVs)
 		if !is.some {
 			is.gate, is.some = r.gate.before(), true
 		} else {

@@ -415,9 +415,17 @@ func (r *rehearsal) end(t *testing.T) {
 }
 
 func TestEveryFuzzTargetHasSeeds(t *testing.T) {
-	source, err := os.ReadFile("fuzz_test.go")
+	files, err := filepath.Glob("*_test.go")
 	if err != nil {
 		t.Fatal(err)
+	}
+	var source []byte
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		source = append(source, text...)
 	}
 	targets := 0
 	for line := range strings.Lines(string(source)) {

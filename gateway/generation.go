@@ -44,6 +44,7 @@ type portRules struct {
 	plain  *route    // of a port whose bytes are not looked at
 	gate   *entrance // nil: nothing is looked at before the hello
 	routes map[*natmap.Rule]*route
+	tlvs   *natmap.TLVTypes // of a PROXY header, that its rules ask for; nil: none
 
 	first   stage             // of its connections, behind a PROXY header
 	eager   bool              // they go on without a byte of the client's
@@ -135,6 +136,7 @@ func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 		rules.plain = gen.routes[p.Plain]
 	}
 	rules.gate = gen.gates.at(endpoint{addr, port}, rules.plain)
+	rules.tlvs = gen.gates.tlvs(endpoint{addr, port})
 	rules.begins(gen)
 	return rules
 }

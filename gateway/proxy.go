@@ -59,6 +59,9 @@ func (c *conn) takeProxyHeader(b []byte, n int) stage {
 		return c.badProxy(err)
 	}
 	c.believe(h)
+	if wanted := c.port.tlvs; wanted != nil && !c.report.local {
+		c.report.tlvs = keepTLVs(b[:n], wanted)
+	}
 	rest := b[n:]
 	c.pending = append([]byte(nil), rest...)
 	if why := c.knock(); why != notRefused {
@@ -213,6 +216,9 @@ func (c *conn) proxyV2(h *proxyproto.Header) []byte {
 	}
 	if r.version != 0 {
 		tlvs = append(tlvs, sslTLV(r))
+	}
+	if r.tlvs != nil {
+		tlvs = append(tlvs, r.tlvs.forwarded(c.route)...)
 	}
 	// The checksum is taken over the whole header with zeros in its own place, and it comes last: so it is the last
 	// four bytes.

@@ -26,6 +26,7 @@ type report struct {
 	peer     netip.AddrPort // of the socket
 	source   netip.AddrPort // the client: the peer, or what a PROXY header says
 	target   netip.AddrPort // where the client wanted to go, if a PROXY header says so
+	tlvs     *tlvs          // what else it says, as far as a rule of the port asks for it
 
 	route      *route
 	sni        string
@@ -154,6 +155,9 @@ func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
 	if r.route != nil {
 		text("rule", r.route.label)
 		text("mode", r.route.modeName())
+		if r.tlvs != nil {
+			dst = r.tlvs.fields(r.route, dst)
+		}
 	}
 	text("backend", r.backend)
 	if r.backendVersion != 0 {

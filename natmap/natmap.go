@@ -255,6 +255,7 @@ type Options struct {
 
 	Pool PoolOptions
 	Gate GateOptions
+	TLVs TLVOptions
 
 	StartTLS StartTLS // how clients ask for TLS, where they begin in the clear
 }

@@ -37,13 +37,14 @@ type option struct {
 	unnamed          bool // only for a rule without a name
 	encrypts         bool // only for a rule with a tls:// backend
 	unrouted         bool // only for a rule without alpn:
+	header           bool // only for a rule with proxy=v2
 	// set reads v into its field of o, or complains about v.
 	set func(p *parser, o *Options, v token)
 	// show writes the field as set reads it.
 	show func(o *Options) string
 }
 
-var options = slices.Concat(ruleOptions, poolOptions, gateOptions, startTLSOptions)
+var options = slices.Concat(ruleOptions, poolOptions, gateOptions, startTLSOptions, tlvOptions)
 
 var ruleOptions = []option{
 	{
@@ -175,6 +176,9 @@ func (o *option) where() string {
 	}
 	if o.encrypts {
 		s += " (to tls:// backends)"
+	}
+	if o.header {
+		s += " (with proxy=v2)"
 	}
 	return s
 }
@@ -505,10 +509,10 @@ func (p *parser) settle(d *draft) {
 // modeRow is the index of mode in options: it decides what the others mean.
 const modeRow = 0
 
-// inherited reports whether a default line sets o for such a rule. Demo has one
+// inherited reports whether a default line sets o for such a rule, whose options before o are set. Demo has one
 // mode only, so that a default mode does not reach it.
 func (o *option) inherited(k kind, d *draft) bool {
-	return o.uses&k != 0 && !(o.unnamed && d.named()) && !(o.encrypts && !d.encrypts()) && !(o.unrouted && d.alpn > 0) && !(o.key == "mode" && k == demo)
+	return o.uses&k != 0 && !(o.unnamed && d.named()) && !(o.encrypts && !d.encrypts()) && !(o.unrouted && d.alpn > 0) && !(o.header && d.Options.Proxy != ProxyV2) && !(o.key == "mode" && k == demo)
 }
 
 // checkUse complains about an option on a rule that it has no meaning for.
@@ -522,6 +526,8 @@ func (p *parser) checkUse(o *option, a *assignment, k kind, d *draft) {
 		p.fault(a.token, o.key+"= is for encrypted backends, and this rule has none", "write tls:// before a backend, or remove "+o.key+"=")
 	case o.unrouted && d.alpn > 0:
 		p.fault(a.token, "the rule is for clients that offer "+clip(d.protocols()[0].text[len(protocolMark):])+", which is what is agreed on", "remove "+o.key+"=")
+	case o.header && d.Options.Proxy != ProxyV2 && a.setting.Value != "off":
+		p.fault(a.token, o.key+"= needs a PROXY header of version 2 to the backends, and this rule has proxy="+d.Options.Proxy.String(), "write proxy=v2, or remove "+o.key+"=")
 	case o.key == "mode" && k == demo && a.setting.Value != "terminate":
 		p.fault(a.token, "demo ends TLS itself", "remove "+a.token.text)
 	}

@@ -582,11 +582,12 @@ func (e *explanation) sayOptions() {
 func meant(doc natmap.OptionDoc, r *natmap.Rule) bool {
 	kinds, unnamed := strings.CutSuffix(doc.Rules, " (without a name)")
 	kinds, encrypted := strings.CutSuffix(kinds, " (to tls:// backends)")
+	kinds, header := strings.CutSuffix(kinds, " (with proxy=v2)")
 	kind := r.Action.String()
 	if r.Action == natmap.Forward {
 		kind = r.Options.Mode.String()
 	}
-	return slices.Contains(strings.Split(kinds, ", "), kind) && !(unnamed && r.Name != "") &&
+	return slices.Contains(strings.Split(kinds, ", "), kind) && !(unnamed && r.Name != "") && !(header && r.Options.Proxy != natmap.ProxyV2) &&
 		(!encrypted || slices.ContainsFunc(r.Backends, func(b natmap.Backend) bool { return b.TLS }))
 }
 
@@ -626,7 +627,8 @@ var (
 		"check": "off", "every": natmap.DefaultEvery.String(), "rise": strconv.Itoa(natmap.DefaultRise), "fall": strconv.Itoa(natmap.DefaultFall),
 		"slow-start": "off", "on-down": "keep", "source": "off", "keepalive": "2m", "user-timeout": "the system's", "dscp": "the system's",
 		"mptcp": "off", "fastopen": "off",
-		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off"}
+		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off",
+		"forward-tlvs": "off", "log-tlvs": "off"}
 )
 
 // setting is the value of a setting as its author wrote it.
