@@ -49,6 +49,17 @@ func (c Parser) Parse(src ...Source) (*Map, error) {
 	return m, nil
 }
 
+// Name reads one name as it stands in a rule: exact or a wildcard. It returns it in lower case and ASCII; an error is an
+// Errors whose columns count in text.
+func (c Parser) Name(text string) (string, error) {
+	p := &parser{toASCII: c.ToASCII}
+	name := p.name(token{text, 1, 1})
+	if len(p.errs) > 0 {
+		return "", p.errs
+	}
+	return name, nil
+}
+
 // A token is a piece of a line. line and col count from 1, col in characters.
 type token struct {
 	text      string

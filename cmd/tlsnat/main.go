@@ -8,6 +8,7 @@
 //	tlsnat explain    which rule decides, and with what
 //	tlsnat show       tables of the running gateway
 //	tlsnat backend    drain, maintain or ready a backend of the running gateway
+//	tlsnat csr        make a key and a certificate signing request
 //	tlsnat firewall   the routes that source=transparent needs
 //	tlsnat reload     have the running gateway read map and certificates again
 //	tlsnat env        every setting
@@ -59,6 +60,10 @@ const usage = `tlsnat: a Layer-4 TLS edge gateway with port NAT
   tlsnat backend    drain|maintain|ready ADDRESS
                     take a backend of the running gateway out, and back in
   tlsnat reload     have the running gateway read map and certificates again
+  tlsnat csr        [--rsa 2048|3072|4096] [--out PATH] [--org TEXT] [--unit TEXT] [--country XX] [--state TEXT] [--city TEXT]
+                    [--street TEXT] [--postal-code TEXT] [--email TEXT] [--serial-number TEXT] [--business-category TEXT]
+                    [--jurisdiction-country XX] [--jurisdiction-state TEXT] NAME…
+                    make a key (ECDSA P-256) and the request for a certificate that a CA signs; names, *.names, addresses
   tlsnat firewall   --transparent: print the routes that source=transparent needs
   tlsnat env        every setting: name, type, default, meaning
   tlsnat version    version, Go, kernel features
@@ -80,7 +85,7 @@ func (p *program) main() int {
 	}
 	commands := map[string]func([]string) int{
 		"run": p.run, "demo": p.demo, "check": p.check, "explain": p.explain,
-		"show": p.show, "reload": p.reload, "backend": p.backend, "firewall": p.firewall,
+		"show": p.show, "reload": p.reload, "backend": p.backend, "firewall": p.firewall, "csr": p.csr,
 		"env": p.env, "version": p.version, "--version": p.version,
 	}
 	command, ok := commands[name]
