@@ -9,7 +9,7 @@
 //	tlsnat show       tables of the running gateway
 //	tlsnat backend    drain, maintain or ready a backend of the running gateway
 //	tlsnat csr        make a key and a certificate signing request
-//	tlsnat firewall   the routes that source=transparent needs
+//	tlsnat firewall   rules that open the ports of the map, or the routes that source=transparent needs
 //	tlsnat reload     have the running gateway read map and certificates again
 //	tlsnat env        every setting
 //	tlsnat version    version, Go, kernel features
@@ -64,7 +64,9 @@ const usage = `tlsnat: a Layer-4 TLS edge gateway with port NAT
                     [--street TEXT] [--postal-code TEXT] [--email TEXT] [--serial-number TEXT] [--business-category TEXT]
                     [--jurisdiction-country XX] [--jurisdiction-state TEXT] NAME…
                     make a key (ECDSA P-256) and the request for a certificate that a CA signs; names, *.names, addresses
-  tlsnat firewall   --transparent: print the routes that source=transparent needs
+  tlsnat firewall   [--format nft|ufw] [--also PORTS]
+                    rules that open the ports of the map, and these, and drop the rest
+                    --transparent: the routes that source=transparent needs
   tlsnat env        every setting: name, type, default, meaning
   tlsnat version    version, Go, kernel features
 
