@@ -464,7 +464,7 @@ func (e *explanation) sayBackends() {
 	var first, last [][]string
 	for _, b := range r.Backends {
 		at := dialled(b, r, e.question.port)
-		row := []string{scheme(b) + at, e.part(b, total)}
+		row := []string{scheme(b) + at, e.part(b, total, len(first) == 0)}
 		if state := e.state(at); state != "" {
 			row = append(row, state)
 		}
@@ -481,13 +481,17 @@ func (e *explanation) sayBackends() {
 	e.say("backends", lines...)
 }
 
-// part is what a backend gets, of others with so much weight in all.
-func (e *explanation) part(b natmap.Backend, total int) string {
+// part is what a backend gets, of others with so much weight in all. isFirst says that it is the first in the map.
+func (e *explanation) part(b natmap.Backend, total int, isFirst bool) string {
 	switch o := &e.rule.Options.Pool; {
 	case b.Backup:
 		return "only when none of the others answers"
 	case total == b.Weight:
 		return "every connection"
+	case o.Balance == natmap.First && isFirst && o.MaxConns > 0:
+		return fmt.Sprintf("up to %d connections", o.MaxConns)
+	case o.Balance == natmap.First && isFirst:
+		return "every connection, as long as it is up"
 	case o.Balance == natmap.First && o.MaxConns > 0:
 		return fmt.Sprintf("when those before have %d connections", o.MaxConns)
 	case o.Balance == natmap.First:
