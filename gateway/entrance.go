@@ -116,6 +116,12 @@ func (e *entrance) denies(a netip.Addr) bool {
 	return len(e.sets) > 0
 }
 
+// early says whether a rule of a port takes what comes with the SYN.
+func (g gates) early(e endpoint) bool {
+	own, every := g.island(e.addr, e.port), g.island(netip.Addr{}, e.port)
+	return own != nil && own.early || every != nil && every.early
+}
+
 // decided says whether the port's entrance has said all that a route's set has to say.
 func (e *entrance) decided(s *gate.Set) bool { return e != nil && len(e.sets) == 1 && e.sets[0] == s }
 
@@ -190,9 +196,10 @@ type gates []island
 // island is a run of listening ports whose rules overlap, with what the rules have in common, and what any of them asks for.
 type island struct {
 	natmap.Listen
-	gate *entrance
-	some bool            // rules were seen
-	tlvs natmap.TLVTypes // of PROXY headers, that rules ask for
+	gate  *entrance
+	some  bool            // rules were seen
+	tlvs  natmap.TLVTypes // of PROXY headers, that rules ask for
+	early bool            // a rule says fastopen=on
 }
 
 // raise makes the gates of a generation's routes and ports.
@@ -208,6 +215,7 @@ func (h *gatehouse) raise(gen *generation) gates {
 		r.gate = m.lineGate(rule, gen.config.Gate(rule))
 		is := g.island(rule.Listen.Addr, rule.Listen.Lo)
 		is.askTLVs(&rule.Options.TLVs)
+		is.early = is.early || rule.Options.Pool.FastOpen == natmap.SwitchOn
 		if !is.some {
 			is.gate, is.some = r.gate.before(), true
 		} else {

@@ -48,6 +48,7 @@ type portRules struct {
 
 	first   stage             // of its connections, behind a PROXY header
 	eager   bool              // they go on without a byte of the client's
+	early   bool              // data that comes with their SYN is taken
 	prelude starttls.Protocol // what they speak before TLS
 	host    string            // what we call ourselves in it
 }
@@ -137,6 +138,7 @@ func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 	}
 	rules.gate = gen.gates.at(endpoint{addr, port}, rules.plain)
 	rules.tlvs = gen.gates.tlvs(endpoint{addr, port})
+	rules.early = gen.gates.early(endpoint{addr, port})
 	rules.begins(gen)
 	return rules
 }

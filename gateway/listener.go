@@ -102,7 +102,28 @@ func (ln *listener) open() error {
 		return &ListenError{ln.name, err}
 	}
 	ln.fd = int32(fd)
+	if ln.rules.early {
+		ln.takeEarly(true)
+	}
 	return nil
+}
+
+// earlyLimit is how many connections may have sent data with their SYN and not finished TCP's handshake: what nginx's
+// manual and others recommend. Clients beyond that shake hands first, as ever (RFC 7413, section 5.1).
+const earlyLimit = 256
+
+// takeEarly has the kernel take data with the SYN, from clients that it has given a cookie, or not any more. It can be
+// told while it listens; where net.ipv4.tcp_fastopen does not let servers it makes no difference.
+func (ln *listener) takeEarly(on bool) {
+	_ = unix.SetsockoptInt(int(ln.fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN, bit(on)*earlyLimit)
+}
+
+// serve has new connections get what a generation serves there.
+func (ln *listener) serve(gen *generation, rules *portRules) {
+	if rules.early != ln.rules.early {
+		ln.takeEarly(rules.early)
+	}
+	ln.gen, ln.rules = gen, rules
 }
 
 // boundSocket is a socket bound to the address: for all addresses one that takes IPv4 as well as IPv6, or only IPv4

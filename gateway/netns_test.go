@@ -187,6 +187,34 @@ func TestFirstBytesGoWithTheSYN(t *testing.T) {
 	}
 }
 
+// TestFirstBytesComeWithTheSYN: from a client that was given a cookie, on a port with fastopen=on.
+func TestFirstBytesComeWithTheSYN(t *testing.T) {
+	n := newNetwork(t)
+	for _, ns := range []string{n.client, n.edge} {
+		within(t, ns, func() (any, error) { return nil, os.WriteFile("/proc/sys/net/ipv4/tcp_fastopen", []byte("3"), 0o600) })
+	}
+	l := within(t, n.backend, func() (net.Listener, error) { return net.Listen("tcp", "10.77.2.2:8080") })
+	serveOn(t, l, func(c net.Conn) { echo(c.(*net.TCPConn)) })
+	cmd, ports := edgeCommand(t, ":{0} -> 10.77.2.2:8080 mode=tcp fastopen=on", nil, "ip", "netns", "exec", n.edge)
+	e := startEdge(t, cmd, ports)
+	early := net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1) }), err)
+	}}
+	early.SetMultipathTCP(false)
+	for i := range 4 { // the first one only gets the cookie
+		c := within(t, n.client, func() (net.Conn, error) { return early.Dial("tcp", fmt.Sprintf("10.77.1.1:%d", e.ports[0])) })
+		_ = c.SetDeadline(time.Now().Add(patience))
+		if err := trade(c, random(uint64(i), 1000)); err != nil {
+			t.Errorf("%v\n%s", err, e.log.text())
+		}
+		_ = c.Close()
+	}
+	counters := within(t, n.edge, func() ([]byte, error) { return os.ReadFile("/proc/thread-self/net/netstat") })
+	if taken := counter(t, string(counters), "TCPFastOpenPassive"); taken == 0 {
+		t.Error("no SYN had data")
+	}
+}
+
 // counter is a value of /proc/net/netstat: lines of names and lines of numbers.
 func counter(t testing.TB, text, name string) int {
 	t.Helper()

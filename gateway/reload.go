@@ -161,7 +161,7 @@ func (g *Gateway) swap(gen *generation, opened []*listener) {
 	g.onLoops(func(l *loop) {
 		for _, ln := range l.listeners {
 			if r := rules[endpoint{ln.addr, ln.port}]; r != nil {
-				ln.gen, ln.rules = gen, r
+				ln.serve(gen, r)
 			}
 		}
 		for _, ln := range opened {

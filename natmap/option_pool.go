@@ -209,7 +209,7 @@ var poolOptions = []option{
 	},
 	toggle("mptcp", "speaks Multipath TCP (RFC 8684) to backends that can (default off)",
 		func(o *Options) *Switch { return &o.Pool.MPTCP }),
-	toggle("fastopen", "sends what there is already with the SYN to backends that gave out a cookie (RFC 7413; default off)",
+	toggle("fastopen", "data with the SYN (RFC 7413): taken from clients on the rule's ports, and sent to backends that gave out a cookie; it may arrive twice (default off)",
 		func(o *Options) *Switch { return &o.Pool.FastOpen }),
 }
 

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -59,6 +60,40 @@ func TestExampleMapParses(t *testing.T) {
 	}
 	if got, want := fmt.Sprint(m.Listens()), "[:80 :443 :9000-9010 :20000-20099]"; got != want {
 		t.Errorf("listens %s, want %s", got, want)
+	}
+}
+
+// TestExampleMapParsesInAnyOrder: its lines with the default behind the rules, and each by itself. A default line is for the
+// rules below it, so that the last one reaches none there, which is a warning.
+func TestExampleMapParsesInAnyOrder(t *testing.T) {
+	lines := strings.Split(strings.TrimSpace(contractMap), "\n")
+	lines = append(append(lines[:1:1], lines[2:]...), lines[1])
+	for _, line := range lines[1:] {
+		m := mustParse(t, line)
+		if isRule := strings.Contains(line, "->"); isRule != (len(m.Rules) == 1) || isRule && len(m.Warnings()) > 0 {
+			t.Errorf("%s: %d rules, %v", line, len(m.Rules), m.Warnings())
+		}
+	}
+	m := mustParse(t, strings.Join(lines, "\n"))
+	if len(m.Rules) != 7 || len(m.Warnings()) != 1 || m.Warnings()[0].Msg != "default reaches no rule" {
+		t.Errorf("%d rules, %v", len(m.Rules), m.Warnings())
+	}
+	for _, c := range []struct {
+		name    string
+		port    uint16
+		backend string
+	}{{"api.bank.example", 443, "10.0.0.11:8080"}, {"x.bank.example", 443, "10.0.0.12:8080"}, {"pay.bank.example", 443, "tls://10.0.0.21:8443"},
+		{"mail.bank.example", 443, "10.0.0.20:443"}, {"any.example", 20042, "10.0.0.30:8000-8099"}, {"", 9010, "10.0.0.31:+100"}, {"", 80, ""}} {
+		r := m.Port(netip.Addr{}, c.port).Lookup(c.name)
+		if c.backend == "" && r.Action == Redirect {
+			continue
+		}
+		if r == nil || r.Backends[0].String() != c.backend {
+			t.Errorf("%s on port %d: %v, want %s", c.name, c.port, r, c.backend)
+		}
+	}
+	if b := m.Port(netip.Addr{}, 9010).Lookup("").Backends[0]; b.Port(9000, 9010) != 9110 {
+		t.Errorf("9010 leads to %d", b.Port(9000, 9010))
 	}
 }
 
