@@ -197,9 +197,9 @@ type gates []island
 type island struct {
 	natmap.Listen
 	gate  *entrance
-	some  bool            // rules were seen
-	tlvs  natmap.TLVTypes // of PROXY headers, that rules ask for
-	early bool            // a rule says fastopen=on
+	some  bool             // rules were seen
+	tlvs  *natmap.TLVTypes // of PROXY headers, that rules ask for
+	early bool             // a rule says fastopen=on
 }
 
 // raise makes the gates of a generation's routes and ports.

@@ -67,7 +67,7 @@ func keepTLVs(header []byte, wanted *natmap.TLVTypes) *tlvs {
 
 // forwarded are those that the backends of a rule get as well.
 func (t *tlvs) forwarded(r *route) (list []proxyproto.TLV) {
-	types := &r.rule.Options.TLVs.Forward
+	types := r.rule.Options.TLVs.Forward
 	eachTLV(t.raw, func(kind uint8, whole []byte) {
 		if types.Has(kind) {
 			list = append(list, proxyproto.TLV{Type: proxyproto.PP2Type(kind), Value: whole[tlvHead:]})
@@ -78,8 +78,8 @@ func (t *tlvs) forwarded(r *route) (list []proxyproto.TLV) {
 
 // fields are those that the log of a rule has. Of several of one type the values stand in one field.
 func (t *tlvs) fields(r *route, dst []zap.Field) []zap.Field {
-	types, first := &r.rule.Options.TLVs.Log, len(dst)
-	if *types == (natmap.TLVTypes{}) {
+	types, first := r.rule.Options.TLVs.Log, len(dst)
+	if types == nil {
 		return dst
 	}
 	eachTLV(t.raw, func(kind uint8, whole []byte) {
@@ -101,9 +101,9 @@ func (t *tlvs) fields(r *route, dst []zap.Field) []zap.Field {
 
 // readTLV is what the log calls a TLV and its value. What is not as its vendor describes it stands there as it is.
 //
-//   - AWS, "Target groups for your Network Load Balancers", section "Proxy protocol": 0x01 and the endpoint's id
-//   - Google Cloud, "Publish services by using Private Service Connect", section "Consumer information": 64 bits
-//   - Azure, "What is Azure Private Link service?", section "TCP Proxy v2": 0x01 and 32 bits, the low byte first
+//   - AWS (docs.aws.amazon.com/elasticloadbalancing/latest/network, "Proxy protocol"): 0x01 and the endpoint's id
+//   - Google Cloud (cloud.google.com/vpc/docs/configure-private-service-connect-producer): 64 bits, the high byte first
+//   - Azure (learn.microsoft.com/azure/private-link/private-link-service-overview): 0x01 and 32 bits, the low byte first
 func readTLV(kind uint8, value []byte) (key, text string) {
 	tlv := proxyproto.TLV{Type: proxyproto.PP2Type(kind), Value: value}
 	switch kind {
@@ -125,24 +125,19 @@ func readTLV(kind uint8, value []byte) (key, text string) {
 
 // askTLVs adds what a rule does with TLVs to what its listeners keep of them.
 func (is *island) askTLVs(o *natmap.TLVOptions) {
-	if *o != (natmap.TLVOptions{}) {
-		is.tlvs = is.tlvs.Union(o.Forward).Union(o.Log)
-	}
+	is.tlvs = is.tlvs.Union(o.Forward).Union(o.Log)
 }
 
 // tlvs are those that rules of a port ask for; nil: none.
 func (g gates) tlvs(e endpoint) *natmap.TLVTypes {
-	var wanted natmap.TLVTypes
+	var wanted *natmap.TLVTypes
 	if every := g.island(netip.Addr{}, e.port); every != nil {
 		wanted = every.tlvs
 	}
 	if own := g.island(e.addr, e.port); own != nil {
 		wanted = wanted.Union(own.tlvs)
 	}
-	if wanted == (natmap.TLVTypes{}) {
-		return nil
-	}
-	return &wanted
+	return wanted
 }
 
 // checkTLVs says when nobody's header is believed, so that there are no TLVs.

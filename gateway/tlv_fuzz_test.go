@@ -28,8 +28,8 @@ func FuzzTLVs(f *testing.F) {
 			types.Forward[own>>6] &^= 1 << (own & 63)
 		}
 		wanted := types.Forward.Union(types.Log)
-		kept := keepTLVs(headerAround(t, area, family), &wanted)
-		want, dropped := wantedTLVs(area, &wanted)
+		kept := keepTLVs(headerAround(t, area, family), wanted)
+		want, dropped := wantedTLVs(area, wanted)
 		if kept == nil {
 			kept = &tlvs{}
 		}
@@ -52,9 +52,8 @@ func FuzzTLVs(f *testing.F) {
 }
 
 // scattered is a set of types out of 64 bits: small numbers for mutation to play with, and those of vendors.
-func scattered(bits uint64) (s natmap.TLVTypes) {
-	s[0], s[3] = bits, bits<<32|bits>>32
-	return s
+func scattered(bits uint64) *natmap.TLVTypes {
+	return &natmap.TLVTypes{0: bits, 3: bits<<32 | bits>>32}
 }
 
 // headerAround is a header with the area behind its addresses.

@@ -11,13 +11,13 @@ import (
 // TLVOptions are the options about the TLVs of a PROXY header of version 2 that a load balancer sends: what it knows of
 // a client beyond its address.
 type TLVOptions struct {
-	Forward, Log TLVTypes
+	Forward, Log *TLVTypes // nil: none
 }
 
-// TLVTypes is a set of TLV types (PROXY protocol, section 2.2.6). The zero TLVTypes has none.
+// TLVTypes is a set of TLV types (PROXY protocol, section 2.2). A nil set has none.
 type TLVTypes [4]uint64
 
-// Types of the vendors, out of the range for their own use (PROXY protocol, section 2.2.7).
+// Types of the vendors, out of the range for their own use (PROXY protocol, section 2.2.8).
 const (
 	TLVGCP   = 0xE0 // Google Cloud: the id of a Private Service Connect connection
 	TLVAWS   = 0xEA // AWS: the id of a VPC endpoint
@@ -54,16 +54,23 @@ var ownTLVs = map[uint8]string{
 var emptyTLVs = map[uint8]string{tlvCRC32C: "CRC32C", tlvNoop: "NOOP"}
 
 // Has reports whether the type is in the set.
-func (s *TLVTypes) Has(kind uint8) bool { return s[kind>>6]&(1<<(kind&63)) != 0 }
+func (s *TLVTypes) Has(kind uint8) bool { return s != nil && s[kind>>6]&(1<<(kind&63)) != 0 }
 
 func (s *TLVTypes) add(kind uint8) { s[kind>>6] |= 1 << (kind & 63) }
 
-// Union returns the types that are in one of the two.
-func (s TLVTypes) Union(other TLVTypes) TLVTypes {
-	for i := range s {
-		s[i] |= other[i]
+// Union returns the types that are in one of the two, nil if there are none.
+func (s *TLVTypes) Union(other *TLVTypes) *TLVTypes {
+	switch {
+	case s == nil:
+		return other
+	case other == nil:
+		return s
 	}
-	return s
+	both := *s
+	for i := range both {
+		both[i] |= other[i]
+	}
+	return &both
 }
 
 // allTLVs are all types but those.
@@ -77,15 +84,15 @@ func allTLVs(but map[uint8]string) (s TLVTypes) {
 }
 
 // tlvTypes is the row of an option whose value is a list of types. None of never may be in it.
-func tlvTypes(row option, never map[uint8]string, why string, field func(*Options) *TLVTypes) option {
+func tlvTypes(row option, never map[uint8]string, why string, field func(*Options) **TLVTypes) option {
 	all := allTLVs(never)
 	row.value = "aws|gcp|azure|0xNN,…|all|off"
-	row.set = func(p *parser, o *Options, v token) { *field(o) = p.tlvTypes(v, all, never, why) }
+	row.set = func(p *parser, o *Options, v token) { *field(o) = p.tlvTypes(v, &all, never, why) }
 	row.show = func(o *Options) string {
-		if *field(o) == all {
+		if s := *field(o); s != nil && *s == all {
 			return "all"
 		}
-		return field(o).String()
+		return (*field(o)).String()
 	}
 	return row
 }
@@ -93,14 +100,14 @@ func tlvTypes(row option, never map[uint8]string, why string, field func(*Option
 var tlvOptions = []option{
 	tlvTypes(option{key: "forward-tlvs", uses: forwarded, header: true,
 		help: "TLVs of the load balancer's PROXY header that backends get as well: ids of AWS VPC endpoints, Google PSC connections, Azure private links, or any by number (default off)",
-	}, ownTLVs, "the gateway writes what it knows itself", func(o *Options) *TLVTypes { return &o.TLVs.Forward }),
+	}, ownTLVs, "the gateway writes what it knows itself", func(o *Options) **TLVTypes { return &o.TLVs.Forward }),
 	tlvTypes(option{key: "log-tlvs", uses: forwarded | demo,
 		help: "TLVs of the load balancer's PROXY header that the log has: aws_vpce, gcp_psc, azure_link_id, others in hexadecimal as tlv_0xNN (default off)",
-	}, emptyTLVs, "it says nothing of the client", func(o *Options) *TLVTypes { return &o.TLVs.Log }),
+	}, emptyTLVs, "it says nothing of the client", func(o *Options) **TLVTypes { return &o.TLVs.Log }),
 }
 
 // String returns the types as the map writes them, in the order of their numbers.
-func (s TLVTypes) String() string {
+func (s *TLVTypes) String() string {
 	var words []string
 	for kind := range 256 {
 		if s.Has(uint8(kind)) {
@@ -120,13 +127,14 @@ func tlvWord(kind uint8) string {
 }
 
 // tlvTypes reads a list of types.
-func (p *parser) tlvTypes(v token, all TLVTypes, never map[uint8]string, why string) (s TLVTypes) {
+func (p *parser) tlvTypes(v token, all *TLVTypes, never map[uint8]string, why string) *TLVTypes {
 	switch v.text {
 	case "off":
-		return s
+		return nil
 	case "all":
 		return all
 	}
+	s := &TLVTypes{}
 	for at, item := 0, ""; at <= len(v.text); at += len(item) + 1 {
 		item, _, _ = strings.Cut(v.text[at:], ",")
 		t := v.sub(at, at+len(item))
