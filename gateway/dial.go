@@ -394,9 +394,17 @@ func (c *conn) reached() stage {
 
 // found is the end of the search. The line says which backends were tried in vain before.
 func (c *conn) found() stage {
-	c.report.backend = c.dial.name()
+	c.reports(c.dial.name())
 	c.report.err = strings.Join(c.dial.errs, "; ")
 	return greeting
+}
+
+// reports takes down who the backend is. MySQL's is found twice: before TLS, and once that is there.
+func (c *conn) reports(backend string) {
+	if c.report.backend == "" {
+		c.loop.counters.spans[connectSpan].note(c.report.connectTime)
+	}
+	c.report.backend = backend
 }
 
 // connectDue is the end of the patience with a candidate, of the pause between two rounds, or of the time that one

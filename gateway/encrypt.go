@@ -13,6 +13,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -282,21 +283,20 @@ func (h *encrypter) done() {
 	c.dial.hs, h.conn = nil, nil
 	c.backend.readable = !h.wire.drained || len(h.wire.news) > 0 || c.backend.hup
 	c.backend.writable = true
-	switch {
-	case c.report.told:
+	result, why := h.result(c)
+	l.counters.encrypted(result, result == encryptionOK && h.state.DidResume)
+	switch result {
+	case encryptionAbandoned:
 		abort(&c.backend)
 		c.finish(ClientReset, "")
-	case h.why != "":
-		c.stage = c.nextBackend(h.why)
+	case encryptionFault:
+		c.stage = c.unconnected(Internal, why)
 		c.advance()
-	case errors.As(h.err, new(*panicked)):
-		c.stage = c.unconnected(Internal, h.err.Error())
-		c.advance()
-	case h.err != nil:
-		c.stage = c.nextBackend(h.reason(c.backend.failed))
-		c.advance()
-	default:
+	case encryptionOK:
 		h.handOver(c)
+	default:
+		c.stage = c.nextBackend(why)
+		c.advance()
 	}
 	l.startHandshakes()
 }
@@ -308,34 +308,97 @@ func (h *encrypter) handOver(c *conn) {
 		c.down.carry = append(c.loop.lend(len(rest)), rest...)
 	}
 	c.report.encrypted(&h.state, c.loop.now-h.began)
+	c.loop.counters.spans[backendHandshakeSpan].note(c.report.backendShook)
 	h.wire.buf, h.wire.over, h.session, h.state = nil, true, nil, tls.ConnectionState{}
 	h.wire.forget()
 	c.stage = c.found()
 	c.advance()
 }
 
+// encryptionResult is what became of a handshake with a backend, in one word. The list is closed: it is a label of the
+// metrics.
+type encryptionResult uint8
+
+const (
+	encryptionOK         encryptionResult = iota
+	encryptionUnverified                  // its certificate is not accepted
+	encryptionRefused                     // it sent an alert
+	encryptionNoTLS                       // it does not speak TLS
+	encryptionClosed                      // it left, or reset the connection
+	encryptionTimeout                     // it did not answer in time
+	encryptionAbandoned                   // the client left, or the gateway ends
+	encryptionFailed                      // what it says is wrong, or nothing can be agreed on
+	encryptionFault                       // of tlsnat's
+	encryptionResults
+)
+
+var encryptionWords = [encryptionResults]string{"ok", "certificate", "alert", "no_tls", "closed", "timeout", "abandoned", "failed", "internal"}
+
+// Encryptions is how many handshakes with tls:// backends ended in the same way. All ways there are are listed.
+type Encryptions struct {
+	Result  string `json:"result"`
+	Resumed bool   `json:"resumed"`
+	Count   uint64 `json:"count"`
+}
+
+func (n *counters) encrypted(r encryptionResult, resumed bool) {
+	i := 0
+	if resumed {
+		i = 1
+	}
+	n.encryptions[r][i].Add(1)
+}
+
+// encryptions sums them. Only what has succeeded can have been resumed.
+func (g *Gateway) encryptions() (all []Encryptions) {
+	for r, word := range encryptionWords {
+		for i := range 2 {
+			if i == 0 || encryptionResult(r) == encryptionOK {
+				n := g.total(func(n *counters) *atomic.Uint64 { return &n.encryptions[r][i] })
+				all = append(all, Encryptions{word, i == 1, n})
+			}
+		}
+	}
+	return all
+}
+
+// result is what became of the handshake, and if it failed why.
+func (h *encrypter) result(c *conn) (encryptionResult, string) {
+	switch {
+	case c.report.told:
+		return encryptionAbandoned, ""
+	case h.why != "":
+		return encryptionTimeout, h.why
+	case errors.As(h.err, new(*panicked)):
+		return encryptionFault, h.err.Error()
+	case h.err != nil:
+		return h.reason(c.backend.failed)
+	}
+	return encryptionOK, ""
+}
+
 // reason finds the words for a handshake that failed: the backend's certificate, its alert, or what else it did.
-func (h *encrypter) reason(failed unix.Errno) string {
+func (h *encrypter) reason(failed unix.Errno) (encryptionResult, string) {
 	err := h.err
 	var unverified *tls.CertificateVerificationError
 	var op *net.OpError
 	switch {
 	case errors.As(err, &unverified):
-		return "its certificate is not accepted: " + strings.TrimPrefix(unverified.Err.Error(), "x509: ")
+		return encryptionUnverified, "its certificate is not accepted: " + strings.TrimPrefix(unverified.Err.Error(), "x509: ")
 	case errors.As(err, &op) && op.Op == "remote error":
 		if v := reflect.ValueOf(op.Err); v.Kind() == reflect.Uint8 { // crypto/tls keeps the type of its alerts to itself
-			return "it refused the TLS handshake with the alert " + record.Alert(v.Uint()).String()
+			return encryptionRefused, "it refused the TLS handshake with the alert " + record.Alert(v.Uint()).String()
 		}
 	case h.wire.refusal > 0:
-		return "it refused the TLS handshake with the alert " + record.Alert(h.wire.refusal).String()
+		return encryptionRefused, "it refused the TLS handshake with the alert " + record.Alert(h.wire.refusal).String()
 	case errors.As(err, new(tls.RecordHeaderError)):
-		return "it does not speak TLS"
+		return encryptionNoTLS, "it does not speak TLS"
 	case failed != 0:
-		return "TLS handshake: " + failed.Error()
+		return encryptionClosed, "TLS handshake: " + failed.Error()
 	case errors.Is(err, io.EOF):
-		return "it left during the TLS handshake"
+		return encryptionClosed, "it left during the TLS handshake"
 	}
-	return "TLS handshake: " + strings.TrimPrefix(err.Error(), "tls: ")
+	return encryptionFailed, "TLS handshake: " + strings.TrimPrefix(err.Error(), "tls: ")
 }
 
 // masterMark begins our entry in a session of TLS 1.2: its master secret, which crypto/tls does not log when the

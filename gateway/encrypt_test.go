@@ -203,22 +203,23 @@ func TestBackendIsVerified(t *testing.T) {
 	for name, c := range map[string]struct {
 		backend func(*net.TCPConn)
 		words   string
+		result  string
 	}{
-		"wrong name":  {shows(a.leaves["wild-ecdsa"].certificate(a)), "certificate is valid for *.wild.test, *.b.wild.test, not edge.test"},
-		"expired":     {shows(expired.certificate(a)), "certificate has expired"},
-		"unknown CA":  {shows(lone(strange)), "certificate signed by unknown authority"},
-		"self-signed": {shows(lone(self)), "certificate signed by unknown authority"},
+		"wrong name":  {shows(a.leaves["wild-ecdsa"].certificate(a)), "certificate is valid for *.wild.test, *.b.wild.test, not edge.test", "certificate"},
+		"expired":     {shows(expired.certificate(a)), "certificate has expired", "certificate"},
+		"unknown CA":  {shows(lone(strange)), "certificate signed by unknown authority", "certificate"},
+		"self-signed": {shows(lone(self)), "certificate signed by unknown authority", "certificate"},
 		"plain TCP": {func(c *net.TCPConn) {
 			_, _ = io.WriteString(c, "220 mail.example ESMTP\r\n")
 			_, _ = io.Copy(io.Discard, c)
-		}, "does not speak TLS"},
-		"silent": {func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) }, "no answer to the TLS handshake in time"},
+		}, "does not speak TLS", "no_tls"},
+		"silent": {func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) }, "no answer to the TLS handshake in time", "timeout"},
 		"resets": {func(c *net.TCPConn) {
 			_, _ = c.Read(make([]byte, 100))
 			reset(c)
-		}, "reset by peer"},
-		"leaves":  {func(c *net.TCPConn) { _, _ = io.ReadFull(c, make([]byte, 300)) }, "TLS handshake"},
-		"refuses": {speaks(&tls.Config{Certificates: []tls.Certificate{good}, MaxVersion: tls.VersionTLS11, MinVersion: tls.VersionTLS10}), "refused the TLS handshake with the alert protocol_version"},
+		}, "reset by peer", "closed"},
+		"leaves":  {func(c *net.TCPConn) { _, _ = io.ReadFull(c, make([]byte, 300)) }, "TLS handshake", "closed"},
+		"refuses": {speaks(&tls.Config{Certificates: []tls.Certificate{good}, MaxVersion: tls.VersionTLS11, MinVersion: tls.VersionTLS10}), "refused the TLS handshake with the alert protocol_version", "alert"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			bad := serve(t, c.backend)
@@ -234,6 +235,11 @@ func TestBackendIsVerified(t *testing.T) {
 			said, l := b.visit(t, 1)
 			if l.expect(t, logLine{Outcome: "ok", Backend: living}); said != "living" || !strings.Contains(l.Error, c.words) {
 				t.Errorf("%q answered: %s", said, l)
+			}
+			for _, e := range b.gateway.Status().Encryptions {
+				if want := map[string]uint64{"ok": 1, c.result: 2}[e.Result]; e.Count != want && !e.Resumed {
+					t.Errorf("%d handshakes with backends ended with %s, want %d", e.Count, e.Result, want)
+				}
 			}
 		})
 	}

@@ -125,20 +125,6 @@ func (l *loop) nextDue() int64 {
 	return due
 }
 
-// slowRound is longer than anything a loop does should take: whoever waits for the loop begins to feel it.
-const slowRound = int64(10 * time.Millisecond)
-
-// noteRound measures how long the others had to wait for this round: the loop's lag.
-func (l *loop) noteRound() {
-	took := l.clock() - l.now
-	if took > slowRound {
-		l.counters.slowRounds.Add(1)
-	}
-	if took > l.counters.longestRound.Load() {
-		l.counters.longestRound.Store(took)
-	}
-}
-
 func (l *loop) tick() { l.now = l.clock() }
 
 func (l *loop) clock() int64 { return int64(time.Since(l.gw.started)) }

@@ -236,7 +236,8 @@ type counters struct {
 	accepted, probes, bytesUp, bytesDown, spliced, acceptRests atomic.Uint64
 
 	slowRounds         atomic.Uint64
-	longestRound       atomic.Int64  // nanoseconds
+	longestRound       atomic.Int64 // nanoseconds
+	lag                lag
 	kernelTX, kernelRX atomic.Uint64 // halves that went to the kernel
 	fallbacks          [hindrances]atomic.Uint64
 
@@ -245,6 +246,9 @@ type counters struct {
 	unlogged   atomic.Uint64                            // lines that the sampler kept back
 	paused     atomic.Uint64                            // times that a stream waited for its bandwidth
 	handshakes [tlsVersions][tlsGroups][2]atomic.Uint64 // the last index is 1 for resumed ones
+
+	encryptions [encryptionResults][2]atomic.Uint64 // handshakes with backends, the same
+	spans       [spans]stopwatch
 }
 
 func (l *loop) count(r *report) {
@@ -255,6 +259,9 @@ func (l *loop) count(r *report) {
 	}
 	if r.route != nil {
 		r.route.use.ended.Add(1)
+	}
+	if r.backend != "" {
+		n.spans[connectionSpan].note(l.now - r.accepted)
 	}
 	l.ended.add(r, l.now)
 }

@@ -297,7 +297,7 @@ func (c *conn) passGreeting() stage {
 		return c.nextBackend("mysql: it says more than a greeting")
 	}
 	t.passed = true
-	c.report.backend = c.dial.name()
+	c.reports(c.dial.name())
 	if !c.tellClient(starttls.MySQLGreeting(t.greeting)) {
 		return c.finish(ClientReset, "")
 	}

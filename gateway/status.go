@@ -25,6 +25,8 @@ type Status struct {
 	Connections ConnectionCounts `json:"connections"`
 	Bytes       ByteCounts       `json:"bytes"`
 	Handshakes  HandshakeCounts  `json:"handshakes"`
+	Encryptions []Encryptions    `json:"backend_handshakes"`
+	Times       TimesStatus      `json:"times"`
 	Kernel      KernelCounts     `json:"ktls"`
 	Gate        GateCounts       `json:"gate"`
 
@@ -43,7 +45,8 @@ type Status struct {
 type LoopStatus struct {
 	Accepted     uint64  `json:"accepted"`         // connections
 	SlowRounds   uint64  `json:"slow_rounds"`      // that took more than 10 ms: connections waited for it as long
-	LongestRound float64 `json:"longest_round_ms"` // since the start
+	LongestRound float64 `json:"longest_round_ms"` // since the start; 0: none took a millisecond
+	Lag          float64 `json:"lag_ms"`           // the longest of the last one or two minutes
 }
 
 // ReloadCounts are attempts to change the configuration, and how the last one ended.
@@ -130,6 +133,7 @@ func (n *counters) shookHands(r *report) {
 		resumed = 1
 	}
 	n.handshakes[version][groupIndex(r.group)][resumed].Add(1)
+	n.spans[handshakeSpan+span(resumed)].note(r.shaken - r.helloDone)
 }
 
 // maxListens bounds the list of ports in a Status; a map may listen on 200,000 of them.
@@ -151,7 +155,8 @@ func (g *Gateway) Status() Status {
 	s.Reloads.Last, s.Reloads.OK, s.Reloads.Failed = g.LastReload()
 	for _, l := range g.loops {
 		n := &l.counters
-		s.PerLoop = append(s.PerLoop, LoopStatus{n.accepted.Load(), n.slowRounds.Load(), float64(n.longestRound.Load()) / 1e6})
+		s.PerLoop = append(s.PerLoop, LoopStatus{n.accepted.Load(), n.slowRounds.Load(), float64(n.longestRound.Load()) / 1e6,
+			float64(n.lag.longest(l.clock())) / 1e6})
 	}
 	g.sum(&s)
 	return s
@@ -178,6 +183,7 @@ func (g *Gateway) sum(s *Status) {
 		s.Kernel.Fallbacks[f.String()] = g.total(func(n *counters) *atomic.Uint64 { return &n.fallbacks[f] })
 	}
 	g.sumHandshakes(&s.Handshakes)
+	s.Encryptions, s.Times = g.encryptions(), g.times()
 	g.sumGate(&s.Gate)
 }
 

@@ -127,6 +127,7 @@ func (b *bed) audit(t testing.TB) {
 		}
 	}
 	status := b.gateway.Status()
+	b.auditTimes(t, &status)
 	if n := status.Connections.Accepted; n != uint64(len(ids))+unlogged {
 		t.Errorf("%d connections were accepted, %d are in the log and %d are counted there", n, len(ids), unlogged)
 	}
@@ -135,6 +136,39 @@ func (b *bed) audit(t testing.TB) {
 	}
 	if n := status.Connections; n.Accepted != 0 || n.Open != 0 {
 		t.Errorf("after the end %d connections have no outcome, and %d are open", n.Accepted, n.Open)
+	}
+}
+
+// auditTimes holds the log against what was measured: what a line has a time of was counted once.
+func (b *bed) auditTimes(t testing.TB, s *gateway.Status) {
+	t.Helper()
+	var lines struct{ handshakes, connects, encrypted uint64 }
+	for _, l := range b.log.all() {
+		if l.TLS != "" {
+			lines.handshakes++
+		}
+		if l.Msg == "connection" && l.Backend != "" {
+			lines.connects++
+		}
+		if l.BackendTLS != "" {
+			lines.encrypted++
+		}
+	}
+	times := &s.Times
+	if n := times.Handshake.Count + times.Resumed.Count; n != lines.handshakes || n != s.Handshakes.Full+s.Handshakes.Resumed {
+		t.Errorf("%d handshakes were measured, %+v counted, and %d are in the log", n, s.Handshakes, lines.handshakes)
+	}
+	if times.Connect.Count != lines.connects || times.Connection.Count != lines.connects {
+		t.Errorf("%d connects and %d connections were measured, %d are in the log", times.Connect.Count, times.Connection.Count, lines.connects)
+	}
+	counted := uint64(0)
+	for _, e := range s.Encryptions {
+		if e.Result == "ok" {
+			counted += e.Count
+		}
+	}
+	if n := times.BackendHandshake.Count; n != lines.encrypted || n != counted {
+		t.Errorf("%d handshakes with backends were measured, %d counted, and %d are in the log", n, counted, lines.encrypted)
 	}
 }
 
