@@ -41,32 +41,69 @@ type CheckInfo struct {
 // Backends are the addresses that the map's backends lead to now, those that are not up first, then by address; at most
 // limit of them, and how many there are in all. Ports of a range are there once somebody has connected to them.
 func (g *Gateway) Backends(limit int) (infos []BackendInfo, total int) {
-	gen, k := g.current.Load(), g.keeper
-	rules, names := map[*server]int{}, map[*server][]string{}
-	for _, r := range gen.routes {
+	p := g.pool()
+	slices.SortFunc(p.servers, func(a, b *server) int { return cmp.Or(cmp.Compare(fitness(b), fitness(a)), byAddress(a, b)) })
+	return p.infos(g.keeper, min(limit, len(p.servers))), len(p.servers)
+}
+
+// BackendSums are what backends have together that are too many to be told apart.
+type BackendSums struct {
+	Backends int
+	Open     int64
+	Total    uint64
+	Failures uint64
+}
+
+// BackendsInOrder are the first backends by address, at most limit of them: always the same ones, whatever their states.
+// The sums are those of the others.
+func (g *Gateway) BackendsInOrder(limit int) (infos []BackendInfo, others BackendSums) {
+	p := g.pool()
+	slices.SortFunc(p.servers, byAddress)
+	n := min(limit, len(p.servers))
+	for _, s := range p.servers[n:] {
+		others.Backends++
+		others.Open += s.open.Load()
+		others.Total += s.total.Load()
+		others.Failures += s.broken.Load()
+	}
+	return p.infos(g.keeper, n), others
+}
+
+// pool is the servers of the current map, each once, with the number of rules that have it and what these call it.
+type pool struct {
+	servers []*server
+	rules   map[*server]int
+	names   map[*server][]string
+}
+
+func (g *Gateway) pool() *pool {
+	p := &pool{rules: map[*server]int{}, names: map[*server][]string{}}
+	for _, r := range g.current.Load().routes {
 		r.eachServer(func(b *backend, s *server) {
-			rules[s]++
-			if b.name != nil && !slices.Contains(names[s], b.name.host) {
-				names[s] = append(names[s], b.name.host)
+			if p.rules[s]++; p.rules[s] == 1 {
+				p.servers = append(p.servers, s)
+			}
+			if b.name != nil && !slices.Contains(p.names[s], b.name.host) {
+				p.names[s] = append(p.names[s], b.name.host)
 			}
 		})
 	}
-	all := make([]*server, 0, len(rules))
-	for s := range rules {
-		all = append(all, s)
-	}
-	slices.SortFunc(all, func(a, b *server) int {
-		return cmp.Or(cmp.Compare(fitness(b), fitness(a)), a.addr.Compare(b.addr), cmp.Compare(a.name, b.name))
-	})
+	return p
+}
+
+func byAddress(a, b *server) int { return cmp.Or(a.addr.Compare(b.addr), cmp.Compare(a.name, b.name)) }
+
+// infos is about the first n servers.
+func (p *pool) infos(k *keeper, n int) (infos []BackendInfo) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, s := range all[:min(limit, len(all))] {
+	for _, s := range p.servers[:n] {
 		i := s.info()
-		slices.Sort(names[s])
-		i.Rules, i.Names = rules[s], names[s]
+		slices.Sort(p.names[s])
+		i.Rules, i.Names = p.rules[s], p.names[s]
 		infos = append(infos, i)
 	}
-	return infos, len(all)
+	return infos
 }
 
 func fitness(s *server) uint32 { return min(s.state.Load()&blocked, 1) }
@@ -121,6 +158,9 @@ const (
 	MaintainBackend BackendOrder = "maintain" // the same, without checks; open ones are cut where rules say on-down=cut
 	ReadyBackend    BackendOrder = "ready"    // as if nothing had been said, and as if it had never been ejected
 )
+
+// BackendOrders are all there are.
+var BackendOrders = []BackendOrder{DrainBackend, MaintainBackend, ReadyBackend}
 
 var orders = map[BackendOrder]uint32{DrainBackend: isDraining, MaintainBackend: isMaintained, ReadyBackend: 0}
 

@@ -4,7 +4,6 @@ package gateway_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/binary"
@@ -991,7 +990,7 @@ func TestNoGoroutineForAConnection(t *testing.T) {
 	if after := gatewayGoroutines(); after != before {
 		t.Errorf("%d goroutines with a few connections, %d with many", before, after)
 	}
-	if n, want := len(x.gateway.Conns(context.Background(), 1000)), 52*len(ways); n != want {
+	if n, want := len(x.conns(t, 1000)), 52*len(ways); n != want {
 		t.Errorf("%d connections are open, want %d", n, want)
 	}
 }

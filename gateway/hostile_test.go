@@ -5,7 +5,6 @@ package gateway_test
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
@@ -735,10 +734,8 @@ func heapGrowth(t *testing.T, do func()) int64 {
 // answers once a round.
 func (b *bed) settle(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
 	for range 32 {
-		b.gateway.Conns(ctx, 1)
+		b.conns(t, 1)
 	}
 }
 

@@ -104,6 +104,7 @@ func (l *loop) run() {
 			runtime.Gosched() // handshakes get the P now, not when the monitor notices
 		}
 	}
+	l.runPosted() // surveys that are on their way end here
 	l.sampler.flush(l)
 	l.closeAll()
 }

@@ -270,7 +270,7 @@ func TestConnectionsWaitForRoom(t *testing.T) {
 		t.Errorf("%+v, want one connection", i)
 	}
 	stages := map[string]int{}
-	for _, c := range b.gateway.Conns(t.Context(), 10) {
+	for _, c := range b.conns(t, 10) {
 		stages[c.Stage]++
 	}
 	if stages["backend_queue"] != 2 || stages["relay"] != 1 {

@@ -402,7 +402,7 @@ func TestLoginOfADownBackendIsCut(t *testing.T) {
 		t.Fatal(err)
 	}
 	until(t, "it logs in", func() bool {
-		conns := b.gateway.Conns(t.Context(), 10)
+		conns := b.conns(t, 10)
 		return len(conns) == 1 && conns[0].Stage == "login"
 	})
 	if _, err := b.gateway.OrderBackend(backend.addr, gateway.MaintainBackend); err != nil {

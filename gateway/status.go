@@ -17,10 +17,11 @@ import (
 
 // Status is how the gateway is doing. Counts are since its start.
 type Status struct {
-	Started    time.Time `json:"started"`
-	Draining   bool      `json:"draining"`
-	Generation uint64    `json:"generation"` // number of the configuration that new connections get
-	Loops      int       `json:"loops"`
+	Started     time.Time `json:"started"`
+	Draining    bool      `json:"draining"`
+	Generation  uint64    `json:"generation"`  // number of the configuration that new connections get
+	Generations int       `json:"generations"` // that connections run under, the current one included
+	Loops       int       `json:"loops"`
 
 	Connections ConnectionCounts `json:"connections"`
 	Bytes       ByteCounts       `json:"bytes"`
@@ -151,7 +152,7 @@ func (g *Gateway) Status() Status {
 			s.Listens = append(s.Listens, l.String())
 		}
 	}
-	s.Reloads.Since = gen.made
+	s.Reloads.Since, s.Generations = gen.made, 1+len(g.reloads.living())
 	s.Reloads.Last, s.Reloads.OK, s.Reloads.Failed = g.LastReload()
 	for _, l := range g.loops {
 		n := &l.counters
@@ -224,7 +225,7 @@ type ConnInfo struct {
 	Up      int64          `json:"bytes_up"`
 	Down    int64          `json:"bytes_down"`
 
-	began int64 // loop nanoseconds
+	rank rank
 }
 
 // OpenConn is a connection that is open.
@@ -243,18 +244,6 @@ type EndedConn struct {
 	AgoMS      int64  `json:"ago_ms"` // since it ended
 }
 
-// A loop looks at so many of its connections when it is asked for them: a fraction of a millisecond, that the others
-// have to wait. When it has more, which of them it looks at is left to chance.
-const glance = 4096
-
-// Conns are the newest connections that are open, at most limit of them; of a loop with more than 4096 the newest of
-// as many, picked by chance. A loop that doesn't answer before ctx is done is left out.
-func (g *Gateway) Conns(ctx context.Context, limit int) []OpenConn {
-	all := ask(ctx, g, func(l *loop) []OpenConn { return l.newest(limit) })
-	slices.SortFunc(all, func(a, b OpenConn) int { return cmp.Compare(b.began, a.began) })
-	return all[:min(limit, len(all))]
-}
-
 // Ended are the connections that ended last, the latest first, at most limit of them. Load balancers' probes are left
 // out: they would push out everything else.
 func (g *Gateway) Ended(ctx context.Context, limit int) []EndedConn {
@@ -264,13 +253,18 @@ func (g *Gateway) Ended(ctx context.Context, limit int) []EndedConn {
 }
 
 // ask has f run on every loop and joins the answers. Loops that are over have none.
-func ask[T any](ctx context.Context, g *Gateway, f func(*loop) []T) (all []T) {
+func ask[T any](ctx context.Context, g *Gateway, f func(*loop) []T) []T {
 	answers := make([]chan []T, len(g.loops))
 	for i, l := range g.loops {
 		answer := make(chan []T, 1) // the loop doesn't wait for somebody to take it
 		answers[i] = answer
 		l.post(func() { answer <- f(l) })
 	}
+	return join(ctx, g, answers)
+}
+
+// join waits for the loops' answers.
+func join[T any](ctx context.Context, g *Gateway, answers []chan []T) (all []T) {
 	for i, l := range g.loops {
 		select {
 		case a := <-answers[i]:
@@ -283,43 +277,11 @@ func ask[T any](ctx context.Context, g *Gateway, f func(*loop) []T) (all []T) {
 	return all
 }
 
-func (l *loop) newest(limit int) []OpenConn {
-	top := l.newestConns(limit)
-	infos := make([]OpenConn, len(top))
-	for i, c := range top {
-		o := &infos[i]
-		o.ConnInfo = c.report.info()
-		o.Stage, o.Up, o.Down = c.stage.String(), c.up.moved, c.down.moved
-		o.AgeMS, o.IdleMS = millis(l.now-c.report.accepted), millis(l.now-c.active)
-	}
-	return infos
-}
-
-// newestConns keeps the newest in order while it looks, which is several times faster than to sort all.
-func (l *loop) newestConns(limit int) (top []*conn) {
-	newer := func(a, b *conn) int { return cmp.Compare(b.report.accepted, a.report.accepted) }
-	looked := 0
-	for c := range l.conns {
-		if looked++; looked > glance || limit == 0 {
-			break
-		}
-		if len(top) == limit {
-			if newer(c, top[limit-1]) >= 0 {
-				continue
-			}
-			top = top[:limit-1]
-		}
-		at, _ := slices.BinarySearchFunc(top, c, newer)
-		top = slices.Insert(top, at, c)
-	}
-	return top
-}
-
 func millis(d int64) int64 { return d / int64(time.Millisecond) }
 
 func (r *report) info() ConnInfo {
 	i := ConnInfo{ID: r.idText(), Listen: r.listen.name, Client: r.source, Peer: r.peer, SNI: r.sni, Backend: r.backend,
-		Stage: r.stage.String(), Up: r.up, Down: r.down, began: r.accepted}
+		Stage: r.stage.String(), Up: r.up, Down: r.down, rank: rankOf(r)}
 	if r.version != 0 {
 		i.TLS = r.versionNumber()
 	}
@@ -477,32 +439,6 @@ func (g *Gateway) Generations(ctx context.Context) []GenerationInfo {
 			Added: gen.added, Removed: gen.removed, Open: gen.open.Load(), OldestMS: oldest[gen.number], Current: i == 0}
 	}
 	return infos
-}
-
-// oldest is the age in milliseconds of the oldest connection of each generation. It looks at every connection, some tens
-// of nanoseconds each.
-func (g *Gateway) oldest(ctx context.Context) map[uint64]int64 {
-	type age struct {
-		generation uint64
-		ms         int64
-	}
-	ages := ask(ctx, g, func(l *loop) (all []age) {
-		began := map[*generation]int64{}
-		for c := range l.conns {
-			if at, seen := began[c.gen]; !seen || c.report.accepted < at {
-				began[c.gen] = c.report.accepted
-			}
-		}
-		for gen, at := range began {
-			all = append(all, age{gen.number, millis(l.now - at)})
-		}
-		return all
-	})
-	oldest := map[uint64]int64{}
-	for _, a := range ages {
-		oldest[a.generation] = max(oldest[a.generation], a.ms)
-	}
-	return oldest
 }
 
 // LastReload is how the last reload ended, and how many there were of either kind; nil if there was none.

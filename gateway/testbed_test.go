@@ -172,6 +172,18 @@ func (b *bed) auditTimes(t testing.TB, s *gateway.Status) {
 	}
 }
 
+// conns are the newest connections that are open, at most limit of them.
+func (b *bed) conns(t testing.TB, limit int) []gateway.OpenConn {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	open, _, err := b.gateway.Conns(ctx, gateway.ConnQuery{Limit: limit})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return open
+}
+
 // addr is where the gateway listens on the i-th port of its map.
 func (b *bed) addr(i int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(b.ports[i])) }
 

@@ -4,8 +4,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -31,12 +33,12 @@ func (p *program) backend(args []string) int {
 	}
 	order := gateway.BackendOrder(args[0])
 	a, err := c.OrderBackend(context.Background(), args[1], order)
+	if e, ok := errors.AsType[*admin.Error](err); ok && e.Status == http.StatusNotFound {
+		fmt.Fprintln(p.err, e)
+		return exitInput
+	}
 	if err != nil {
 		return p.cannot(err)
-	}
-	if a.Error != "" {
-		fmt.Fprintln(p.err, a.Error)
-		return exitInput
 	}
 	for _, name := range a.Backends {
 		fmt.Fprintln(p.out, printable(name), said[order])
@@ -85,43 +87,50 @@ func checksOf(b *gateway.BackendInfo) string {
 // askTime is how long explain waits for a gateway: it works without one.
 const askTime = time.Second
 
-// states asks the running gateway, if there is one, how its backends are.
-func (p *program) states() map[string]gateway.BackendInfo {
+// states is what the running gateway says of its backends.
+type states struct {
+	backends map[string]gateway.BackendInfo // by address
+	all      bool                           // there are no others
+	err      error                          // why nothing is known
+}
+
+// states asks the gateway that the settings name, if there is one.
+func (p *program) states() (s states) {
 	c, err := p.client()
 	if err != nil {
-		return nil
+		return states{err: err}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), askTime)
 	defer cancel()
-	const enough = 1000
+	const enough = 10_000
 	a, err := c.Backends(ctx, enough)
 	if err != nil {
-		return nil
+		return states{err: err}
 	}
-	states := map[string]gateway.BackendInfo{}
+	s.backends, s.all = map[string]gateway.BackendInfo{}, len(a.Backends) == a.Total
 	for _, b := range a.Backends {
-		states[b.Address] = b
+		s.backends[b.Address] = b
 	}
-	return states
+	return s
 }
 
 // state is how the backend with that address is now; of a name all its addresses. Nothing is said where no gateway
 // answers.
-func (e *explanation) state(address string) string {
-	if e.states == nil {
-		return ""
-	}
-	if b, ok := e.states[address]; ok {
+func (s *states) state(address string) string {
+	if b, ok := s.backends[address]; ok {
 		return describe(&b)
 	}
 	host := address[:max(strings.LastIndexByte(address, ':'), 0)]
 	var all []string
-	for _, b := range e.states {
+	for _, b := range s.backends {
 		if slices.Contains(b.Names, host) || slices.Contains(b.Names, strings.TrimPrefix(address, "srv:")) {
 			all = append(all, b.Address+" is "+describe(&b))
 		}
 	}
 	slices.Sort(all)
+	if len(all) == 0 && s.all {
+		return "the running gateway does not know it" // its map is another one, or it is a port of a range that nobody has used
+	}
 	return some(all)
 }
 

@@ -126,7 +126,7 @@ type explanation struct {
 	question question
 	set      func(setting string) string // a setting as the environment has it
 	now      time.Time
-	states   map[string]gateway.BackendInfo // of the running gateway, by address; nil: there is none
+	states   states // of the running gateway
 
 	port *natmap.Port
 	rule *natmap.Rule
@@ -465,7 +465,7 @@ func (e *explanation) sayBackends() {
 	for _, b := range r.Backends {
 		at := dialled(b, r, e.question.port)
 		row := []string{scheme(b) + at, e.part(b, total, len(first) == 0)}
-		if state := e.state(at); state != "" {
+		if state := e.states.state(at); state != "" {
 			row = append(row, state)
 		}
 		if b.Backup {
@@ -479,6 +479,9 @@ func (e *explanation) sayBackends() {
 		lines = append(lines, "when one doesn't answer the next one is tried, for connect="+e.value("connect")+" in all")
 	}
 	e.say("backends", lines...)
+	if err := e.states.err; err != nil {
+		e.say("their states", "not known: "+err.Error())
+	}
 }
 
 // part is what a backend gets, of others with so much weight in all. isFirst says that it is the first in the map.

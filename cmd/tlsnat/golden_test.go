@@ -86,7 +86,7 @@ func runCase(t *testing.T, given string) result {
 	if !ok || !ok2 {
 		t.Fatal("there is no line '$ [SETTINGS] tlsnat ARGUMENTS'")
 	}
-	r := finish(t, command(t, dir, strings.Fields(environ), strings.Fields(args)...))
+	r := finish(t, command(t, dir, append([]string{"TLSNAT_ADMIN=off"}, strings.Fields(environ)...), strings.Fields(args)...))
 	tidy := func(s string) string {
 		return expired.ReplaceAllString(until.ReplaceAllString(s, "until DATE (89 days)"), "expired DATE")
 	}

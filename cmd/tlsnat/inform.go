@@ -81,16 +81,27 @@ func (p *program) env(args []string) int {
 // width is that of the terminal. What goes to a file or a pipe is not wrapped, so that grep finds whole lines.
 func (p *program) width() int {
 	const unbounded = 1 << 20
-	f, ok := p.out.(*os.File)
-	if !ok {
-		return unbounded
-	}
-	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
-	if err != nil || size.Col == 0 {
+	size := p.terminal()
+	if size == nil || size.Col == 0 {
 		return unbounded
 	}
 	return int(size.Col)
 }
+
+// terminal is the size of the one that is written to; nil: it is none.
+func (p *program) terminal() *unix.Winsize {
+	f, ok := p.out.(*os.File)
+	if !ok {
+		return nil
+	}
+	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	if err != nil {
+		return nil
+	}
+	return size
+}
+
+func (p *program) onTerminal() bool { return p.terminal() != nil }
 
 // wrap breaks text between words into lines of at most width characters, or of 24 where there is less room: a
 // column that is narrower can't be read.

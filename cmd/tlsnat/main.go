@@ -55,7 +55,7 @@ const usage = `tlsnat: a Layer-4 TLS edge gateway with port NAT
   tlsnat check      read settings, map and certificates, and say what is wrong
   tlsnat explain    --port 443 [--sni NAME] [--from ADDRESS] [--addr ADDRESS] [--alpn LIST]
                     which rule decides, with which certificate, backends and options
-  tlsnat show       map|conns|backends|certs|generations [--json] [--watch] [--limit N]
+  tlsnat show       map|conns|backends|certs|generations [--json] [--watch] [--limit N] [--client ADDRESS …]
                     tables of the running gateway
   tlsnat backend    drain|maintain|ready ADDRESS
                     take a backend of the running gateway out, and back in

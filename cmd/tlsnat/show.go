@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -29,52 +30,86 @@ func (p *program) client() (*admin.Client, error) {
 
 // view is a thing to show: how to get it, and how it looks as a table.
 type view struct {
-	get   func(ctx context.Context, c *admin.Client, limit int) (any, error)
+	get   func(ctx context.Context, c *admin.Client, q gateway.ConnQuery) (any, error)
 	table func(w io.Writer, answer any)
 }
 
 // viewOf makes a view of typed functions.
-func viewOf[T any](get func(*admin.Client, context.Context, int) (T, error), table func(io.Writer, T)) view {
+func viewOf[T any](get func(*admin.Client, context.Context, gateway.ConnQuery) (T, error), table func(io.Writer, T)) view {
 	return view{
-		get:   func(ctx context.Context, c *admin.Client, limit int) (any, error) { return get(c, ctx, limit) },
+		get:   func(ctx context.Context, c *admin.Client, q gateway.ConnQuery) (any, error) { return get(c, ctx, q) },
 		table: func(w io.Writer, answer any) { table(w, answer.(T)) },
 	}
 }
 
+// listOf is a view of what is asked for by nothing but a number.
+func listOf[T any](get func(*admin.Client, context.Context, int) (T, error), table func(io.Writer, T)) view {
+	return viewOf(func(c *admin.Client, ctx context.Context, q gateway.ConnQuery) (T, error) {
+		return get(c, ctx, q.Limit)
+	}, table)
+}
+
 var views = map[string]view{
-	"map":      viewOf((*admin.Client).Map, showMap),
+	"map":      listOf((*admin.Client).Map, showMap),
 	"conns":    viewOf((*admin.Client).Conns, showConns),
-	"backends": viewOf((*admin.Client).Backends, showBackends),
-	"certs":    viewOf((*admin.Client).Certs, showCerts),
-	"generations": viewOf(func(c *admin.Client, ctx context.Context, _ int) (admin.GenerationsAnswer, error) {
+	"backends": listOf((*admin.Client).Backends, showBackends),
+	"certs":    listOf((*admin.Client).Certs, showCerts),
+	"generations": listOf(func(c *admin.Client, ctx context.Context, _ int) (admin.GenerationsAnswer, error) {
 		return c.Generations(ctx)
 	}, showGenerations),
 }
 
-// show prints tables of the running gateway, as a switch does.
-func (p *program) show(args []string) int {
+// sight is what somebody wants to see, and how.
+type sight struct {
+	view
+	query         gateway.ConnQuery
+	asJSON, watch bool
+}
+
+// readSight reads the arguments of show. Which connections are meant can be said of connections only.
+func readSight(args []string) (s sight, ok bool) {
 	what := ""
 	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
 		what, args = args[0], args[1:]
 	}
-	v, ok := views[what]
+	s.view, ok = views[what]
 	flags := flag.NewFlagSet("show", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	asJSON := flags.Bool("json", false, "")
-	watch := flags.Bool("watch", false, "")
-	limit := flags.Int("limit", 100, "")
-	if err := flags.Parse(args); err != nil || !ok || flags.NArg() > 0 {
-		fmt.Fprintf(p.err, "tlsnat show: write tlsnat show %s [--json] [--watch] [--limit N]\n",
+	flags.BoolVar(&s.asJSON, "json", false, "")
+	flags.BoolVar(&s.watch, "watch", false, "")
+	flags.IntVar(&s.query.Limit, "limit", 100, "")
+	if what == "conns" {
+		flags.Func("client", "", func(v string) (err error) {
+			s.query.Client, err = admin.ParsePrefix(v)
+			return err
+		})
+		for name, to := range map[string]*string{"listen": &s.query.Listen, "name": &s.query.Name, "rule": &s.query.Rule, "backend": &s.query.Backend,
+			"stage": &s.query.Stage, "after": &s.query.After} {
+			flags.StringVar(to, name, "", "")
+		}
+	}
+	return s, ok && flags.Parse(args) == nil && flags.NArg() == 0
+}
+
+// show prints tables of the running gateway, as a switch does.
+func (p *program) show(args []string) int {
+	s, ok := readSight(args)
+	if !ok {
+		fmt.Fprintf(p.err, "tlsnat show: write tlsnat show %s [--json] [--watch] [--limit N];\n"+
+			"of conns [--client ADDRESS|PREFIX] [--listen LISTEN] [--name NAME] [--rule FILE:LINE] [--backend ADDRESS] [--stage STAGE] [--after NEXT]\n",
 			strings.Join(slices.Sorted(maps.Keys(views)), "|"))
 		return exitUsage
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	for {
-		if err := p.showOnce(ctx, v, *limit, *asJSON); err != nil {
+		if err := p.showOnce(ctx, s); err != nil {
+			if ctx.Err() != nil {
+				return exitOK
+			}
 			return p.cannot(err)
 		}
-		if !*watch {
+		if !s.watch {
 			return exitOK
 		}
 		const again = 2 * time.Second
@@ -83,27 +118,36 @@ func (p *program) show(args []string) int {
 			return exitOK
 		case <-time.After(again):
 		}
-		if !*asJSON {
-			fmt.Fprintln(p.out)
-		}
 	}
 }
 
-func (p *program) showOnce(ctx context.Context, v view, limit int, asJSON bool) error {
+// showOnce prints it. Who watches sees each table where the one before stood on a terminal, and behind a blank line
+// elsewhere; JSON is a line each.
+func (p *program) showOnce(ctx context.Context, s sight) error {
 	c, err := p.client()
 	if err != nil {
 		return err
 	}
-	answer, err := v.get(ctx, c, limit)
+	answer, err := s.get(ctx, c, s.query)
 	if err != nil {
 		return err
 	}
-	if asJSON {
+	if s.asJSON {
 		return json.NewEncoder(p.out).Encode(answer)
 	}
-	w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
-	v.table(w, answer)
-	return w.Flush()
+	var text bytes.Buffer
+	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
+	s.table(w, answer)
+	w.Flush()
+	before, after := "", ""
+	switch {
+	case s.watch && p.onTerminal():
+		before = "\x1b[H\x1b[2J" // cursor home, erase the screen (ECMA-48, CUP and ED)
+	case s.watch:
+		after = "\n"
+	}
+	_, err = fmt.Fprint(p.out, before, text.String(), after)
+	return err
 }
 
 // row writes the cells of a line of a table. What comes from clients has nothing in it that a terminal obeys.
@@ -151,7 +195,9 @@ func showConns(w io.Writer, a admin.ConnsAnswer) {
 	for _, c := range a.Connections {
 		row(w, c.ID, c.Client, c.Listen, c.SNI, c.TLS, c.Backend, c.Stage, size(c.Up), size(c.Down), since(c.AgeMS), since(c.IdleMS), c.Rule)
 	}
-	more(w, len(a.Connections), int(a.Total))
+	if a.Next != "" {
+		fmt.Fprintf(w, "\n%d shown, %d open; --limit shows more, and --after %s those that come behind\n", len(a.Connections), a.Total, a.Next)
+	}
 }
 
 func showCerts(w io.Writer, a admin.CertsAnswer) {

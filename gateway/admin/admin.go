@@ -15,8 +15,8 @@
 //	GET  /                    the page
 //	GET  /metrics             Prometheus
 //	GET  /healthz  /readyz    200; /readyz is 503 while the gateway drains
-//	GET  /api/v1/status  /api/v1/map  /api/v1/conns  /api/v1/certs  /api/v1/generations
-//	GET  /api/v1/backends
+//	GET  /api/v1/             what there is
+//	GET  /api/v1/status  /api/v1/map  /api/v1/conns  /api/v1/backends  /api/v1/certs  /api/v1/generations
 //	POST /api/v1/backends/drain?backend=ADDRESS   and /maintain, /ready
 //	POST /api/v1/drain        what SIGTERM does
 //	POST /api/v1/reload       what SIGHUP does, with an answer
@@ -173,7 +173,11 @@ func (s *Server) routes() http.Handler {
 	all := http.NewServeMux()
 	all.HandleFunc("GET /healthz", s.healthz)
 	all.HandleFunc("GET /readyz", s.readyz)
-	all.Handle("/", s.guard(http.NewCrossOriginProtection().Handler(mux)))
+	own := http.NewCrossOriginProtection()
+	own.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		refuse(w, r, http.StatusForbidden, "A page of another site has asked for this", "use the admin's own page, tlsnat or curl")
+	}))
+	all.Handle("/", s.guard(own.Handler(mux)))
 	return harmless(all)
 }
 
@@ -195,6 +199,15 @@ func answer(w http.ResponseWriter, status int, text string) {
 	_, _ = w.Write([]byte(text + "\n"))
 }
 
+// refuse is for who may not ask: in JSON where programs do.
+func refuse(w http.ResponseWriter, r *http.Request, status int, wrong, instead string) {
+	if strings.HasPrefix(r.URL.Path, apiPath) {
+		fail(w, status, wrong, instead)
+		return
+	}
+	answer(w, status, wrong+": "+instead+".")
+}
+
 // harmless keeps other sites from using answers in a browser in any way. The page relaxes it for itself.
 func harmless(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -213,11 +226,11 @@ func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !s.knows(r.Host):
-			answer(w, http.StatusMisdirectedRequest, "This address answers to "+s.Addr()+" and localhost only: name one of them in the request.")
+			refuse(w, r, http.StatusMisdirectedRequest, "This address answers to "+s.Addr()+" and localhost only", "name one of them in the request")
 		case !s.open && !s.trusts(r):
 			w.Header().Add("WWW-Authenticate", `Bearer realm="tlsnat"`)
 			w.Header().Add("WWW-Authenticate", `Basic realm="tlsnat: any name, and the token as password", charset="UTF-8"`)
-			answer(w, http.StatusUnauthorized, "This needs the token: Authorization: Bearer TOKEN, or any name with the token as password.")
+			refuse(w, r, http.StatusUnauthorized, "This needs the token", "send Authorization: Bearer TOKEN, or any name with the token as password")
 		default:
 			next.ServeHTTP(w, r)
 		}

@@ -730,8 +730,9 @@ func TestAnswersWhenTheLoopsAreGone(t *testing.T) {
 	b.gateway.Drain(over())
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	if open, ended := b.gateway.Conns(ctx, 10), b.gateway.Ended(ctx, 10); len(open)+len(ended) != 0 || ctx.Err() != nil {
-		t.Errorf("%v, %v, %v", open, ended, ctx.Err())
+	open, _, err := b.gateway.Conns(ctx, gateway.ConnQuery{Limit: 10})
+	if ended := b.gateway.Ended(ctx, 10); len(open)+len(ended) != 0 || ctx.Err() != nil || err != nil {
+		t.Errorf("%v, %v, %v, %v", open, ended, ctx.Err(), err)
 	}
 	if all := get[conns](t, b, "conns"); len(all.Connections) != 0 || all.Total != 0 || all.Connections == nil {
 		t.Errorf("%+v", all)
@@ -860,7 +861,7 @@ func TestNamesInTheAPIStay(t *testing.T) {
 	b := start(t)
 	b.mixed(t)
 	for what, want := range map[string]string{
-		"status":      "accept_pauses bytes certificates connections draining gate generation handshakes ktls listen log_lines_dropped loops per_loop ports reloads rules started version",
+		"status":      "accept_pauses backend_handshakes bytes certificates connections draining gate generation generations handshakes ktls listen log_lines_dropped loops per_loop ports reloads rules started times version",
 		"map":         "generation rules total",
 		"conns":       "connections ended total",
 		"certs":       "certificates total",

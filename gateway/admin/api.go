@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway"
@@ -41,9 +43,10 @@ type MapAnswer struct {
 
 // ConnsAnswer is GET /api/v1/conns.
 type ConnsAnswer struct {
-	Total       int64               `json:"total"`       // open
-	Connections []gateway.OpenConn  `json:"connections"` // the newest first
-	Ended       []gateway.EndedConn `json:"ended"`       // the last few, the latest first
+	Total       int64               `json:"total"`          // open
+	Connections []gateway.OpenConn  `json:"connections"`    // the newest first
+	Next        string              `json:"next,omitempty"` // where the following ones begin; "": there are none
+	Ended       []gateway.EndedConn `json:"ended"`          // the last few, the latest first
 }
 
 // CertsAnswer is GET /api/v1/certs: the certificate that expires first comes first.
@@ -62,39 +65,150 @@ type DrainAnswer struct {
 	Draining bool `json:"draining"`
 }
 
-// api adds what programs ask for.
-func (s *Server) api(mux *http.ServeMux) {
-	get := func(name string, normal, most int, ask func(ctx context.Context, limit int) any) {
-		mux.HandleFunc("GET /api/v1/"+name, func(w http.ResponseWriter, r *http.Request) {
-			limit, err := limitOf(r, normal, most)
-			if err != nil {
-				answer(w, http.StatusBadRequest, err.Error())
-				return
-			}
-			ctx, cancel := context.WithTimeout(r.Context(), loopTime)
-			defer cancel()
-			answerJSON(w, http.StatusOK, ask(ctx, limit))
-		})
+// IndexAnswer is GET /api/v1/: what can be asked for.
+type IndexAnswer struct {
+	Version   string     `json:"version"`
+	Endpoints []Endpoint `json:"endpoints"`
+}
+
+// Endpoint is one of them.
+type Endpoint struct {
+	Method string `json:"method"`
+	Path   string `json:"path"`
+	Query  string `json:"query,omitempty"` // "limit=0-1000"; what is in there may be left out, but for backend=
+	Does   string `json:"does"`
+
+	handle func(http.ResponseWriter, *http.Request)
+}
+
+const apiPath = "/api/v1/"
+
+// lists is an endpoint that tells at most so many things.
+func lists(name string, normal, most int, does string, ask func(ctx context.Context, limit int) any) Endpoint {
+	e := reads(name, does, nil)
+	e.Query = fmt.Sprintf("limit=0-%d", most)
+	e.handle = func(w http.ResponseWriter, r *http.Request) {
+		limit, err := limitOf(r, normal, most)
+		if err != nil {
+			fail(w, http.StatusBadRequest, err.Error(), fmt.Sprintf("write limit= with a number from 0 to %d, or leave it out", most))
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), loopTime)
+		defer cancel()
+		answerJSON(w, http.StatusOK, ask(ctx, limit))
 	}
+	return e
+}
+
+// reads is an endpoint that tells one thing.
+func reads(name, does string, ask func(ctx context.Context) any) Endpoint {
+	return Endpoint{Method: http.MethodGet, Path: apiPath + name, Does: does, handle: func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), loopTime)
+		defer cancel()
+		answerJSON(w, http.StatusOK, ask(ctx))
+	}}
+}
+
+// does is an endpoint that changes something.
+func does(name, what string, handle func(http.ResponseWriter, *http.Request)) Endpoint {
+	return Endpoint{Method: http.MethodPost, Path: apiPath + name, Does: what, handle: handle}
+}
+
+// endpoints are all there are.
+func (s *Server) endpoints() []Endpoint {
 	g := s.gateway
-	get("status", 0, 0, func(context.Context, int) any {
-		return StatusAnswer{s.version, s.status()}
+	all := []Endpoint{
+		reads("status", "how the gateway is doing, counts since its start", func(context.Context) any { return StatusAnswer{s.version, s.status()} }),
+		lists("map", someEntries, maxEntries, "the rules that are served", func(_ context.Context, limit int) any {
+			status := g.Status()
+			return MapAnswer{status.Generation, status.Rules, g.Rules(limit)}
+		}),
+		s.connsEndpoint(),
+		lists("backends", someEntries, maxEntries, "the addresses that backends lead to, those that are not up first",
+			func(_ context.Context, limit int) any { return s.backends(limit) }),
+		lists("certs", someEntries, maxEntries, "the certificates that are served, the first to expire first", func(_ context.Context, limit int) any {
+			return CertsAnswer{g.Status().Certificates, list(g.Certificates(limit))}
+		}),
+		reads("generations", "the configurations that connections run under, the current one first",
+			func(ctx context.Context) any { return GenerationsAnswer{g.Generations(ctx)} }),
+		does("reload", "reads map, certificates and other files again, as SIGHUP does", s.reload),
+		does("drain", "ends the gateway as SIGTERM does", s.drain),
+	}
+	for _, o := range gateway.BackendOrders {
+		e := does("backends/"+string(o), orderTexts[o], func(w http.ResponseWriter, r *http.Request) { s.orderBackend(w, r, o) })
+		e.Query = "backend=ADDRESS"
+		all = append(all, e)
+	}
+	return all
+}
+
+// api adds what programs ask for, and what to say to those who ask for something else.
+func (s *Server) api(mux *http.ServeMux) {
+	all := s.endpoints()
+	methods, paths := map[string]string{}, []string{}
+	for _, e := range all {
+		methods[e.Path], paths = e.Method, append(paths, e.Method+" "+e.Path)
+		mux.HandleFunc(e.Method+" "+e.Path, e.handle)
+	}
+	mux.HandleFunc("GET "+apiPath+"{$}", func(w http.ResponseWriter, _ *http.Request) {
+		answerJSON(w, http.StatusOK, IndexAnswer{s.version, all})
 	})
-	get("map", someEntries, maxEntries, func(_ context.Context, limit int) any {
-		status := g.Status()
-		return MapAnswer{status.Generation, status.Rules, g.Rules(limit)}
+	mux.HandleFunc("/api/", func(w http.ResponseWriter, r *http.Request) {
+		if method := methods[r.URL.Path]; method != "" {
+			w.Header().Set("Allow", method)
+			fail(w, http.StatusMethodNotAllowed, r.Method+" is not what "+r.URL.Path+" is for", "write "+method+" "+r.URL.Path)
+			return
+		}
+		fail(w, http.StatusNotFound, fmt.Sprintf("there is no %.100q", r.URL.Path), "write one of "+strings.Join(paths, ", ")+"; GET "+apiPath+" says what they do")
 	})
-	get("conns", someConns, maxConns, func(ctx context.Context, limit int) any {
-		return ConnsAnswer{g.Status().Connections.Open, list(g.Conns(ctx, limit)), list(g.Ended(ctx, someEnded))}
-	})
-	get("certs", someEntries, maxEntries, func(_ context.Context, limit int) any {
-		return CertsAnswer{g.Status().Certificates, g.Certificates(limit)}
-	})
-	get("generations", 0, 0, func(ctx context.Context, _ int) any { return GenerationsAnswer{g.Generations(ctx)} })
-	mux.HandleFunc("POST /api/v1/reload", s.reload)
-	get("backends", someEntries, maxEntries, func(_ context.Context, limit int) any { return s.backends(limit) })
-	mux.HandleFunc("POST /api/v1/backends/{order}", s.orderBackend)
-	mux.HandleFunc("POST /api/v1/drain", s.drain)
+}
+
+// connsEndpoint asks for connections: of one client, or the following ones.
+func (s *Server) connsEndpoint() Endpoint {
+	e := reads("conns", "open connections, the newest first, and the last that ended; next in the answer is after for the following ones", nil)
+	e.Query = fmt.Sprintf("limit=0-%d&after=NEXT&client=ADDRESS|PREFIX&listen=LISTEN&name=NAME&rule=FILE:LINE&backend=ADDRESS&stage=STAGE", maxConns)
+	e.handle = func(w http.ResponseWriter, r *http.Request) {
+		q, instead, err := connQuery(r)
+		if err != nil {
+			fail(w, http.StatusBadRequest, err.Error(), instead)
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), loopTime)
+		defer cancel()
+		open, next, err := s.gateway.Conns(ctx, q)
+		if err != nil {
+			fail(w, http.StatusBadRequest, err.Error(), "write after= as it stood in next, or leave it out to begin with the newest")
+			return
+		}
+		answerJSON(w, http.StatusOK, ConnsAnswer{s.gateway.Status().Connections.Open, list(open), next, list(s.gateway.Ended(ctx, someEnded))})
+	}
+	return e
+}
+
+// connQuery reads what a request is about; instead says what to write if that can't be read.
+func connQuery(r *http.Request) (q gateway.ConnQuery, instead string, err error) {
+	v := r.URL.Query()
+	q = gateway.ConnQuery{After: v.Get("after"), Listen: v.Get("listen"), Name: strings.ToLower(v.Get("name")), Rule: v.Get("rule"),
+		Backend: v.Get("backend"), Stage: v.Get("stage")}
+	if q.Limit, err = limitOf(r, someConns, maxConns); err != nil {
+		return q, fmt.Sprintf("write limit= with a number from 0 to %d, or leave it out", maxConns), err
+	}
+	if client := v.Get("client"); client != "" {
+		if q.Client, err = ParsePrefix(client); err != nil {
+			return q, "write an address or a prefix, such as client=192.0.2.7 or client=192.0.2.0/24", fmt.Errorf("client=%.60q: not an address", client)
+		}
+	}
+	return q, "", nil
+}
+
+// ParsePrefix reads an address, which is meant alone, or a prefix.
+func ParsePrefix(s string) (netip.Prefix, error) {
+	if strings.Contains(s, "/") {
+		return netip.ParsePrefix(s)
+	}
+	a, err := netip.ParseAddr(strings.Trim(s, "[]"))
+	a = a.Unmap()
+	return netip.PrefixFrom(a, a.BitLen()), err
 }
 
 func (s *Server) status() gateway.Status {
@@ -121,6 +235,17 @@ func (s *Server) reload(w http.ResponseWriter, _ *http.Request) {
 	answerJSON(w, status, r)
 }
 
+// ErrorAnswer is what every status from 400 on has in it, but for a reload of a configuration with errors (gateway.Reloaded):
+// what is wrong, and what to do instead.
+type ErrorAnswer struct {
+	Error   string `json:"error"`
+	Instead string `json:"instead"`
+}
+
+func fail(w http.ResponseWriter, status int, wrong, instead string) {
+	answerJSON(w, status, ErrorAnswer{wrong, instead})
+}
+
 func limitOf(r *http.Request, normal, most int) (int, error) {
 	text := r.URL.Query().Get("limit")
 	if text == "" {
@@ -128,7 +253,7 @@ func limitOf(r *http.Request, normal, most int) (int, error) {
 	}
 	n, err := strconv.Atoi(text)
 	if err != nil || n < 0 || n > most {
-		return 0, fmt.Errorf("limit=%.20q: write a number from 0 to %d", text, most)
+		return 0, fmt.Errorf("limit=%.20q is not a number from 0 to %d", text, most)
 	}
 	return n, nil
 }
@@ -144,7 +269,7 @@ func list[T any](all []T) []T {
 func answerJSON(w http.ResponseWriter, status int, v any) {
 	b, err := json.Marshal(v)
 	if err != nil {
-		answer(w, http.StatusInternalServerError, err.Error())
+		fail(w, http.StatusInternalServerError, err.Error(), "please report it")
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")

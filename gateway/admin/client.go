@@ -3,6 +3,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -58,9 +59,24 @@ func (c *Client) Map(ctx context.Context, limit int) (a MapAnswer, err error) {
 	return a, c.ask(ctx, http.MethodGet, "map", limited(limit), &a)
 }
 
-// Conns is at most limit open connections, and the last that ended.
-func (c *Client) Conns(ctx context.Context, limit int) (a ConnsAnswer, err error) {
-	return a, c.ask(ctx, http.MethodGet, "conns", limited(limit), &a)
+// Conns are the newest open connections that the query is about, and the last that ended. With a query's After set to the
+// Next of an answer it is about those that come behind.
+func (c *Client) Conns(ctx context.Context, q gateway.ConnQuery) (a ConnsAnswer, err error) {
+	v := limited(q.Limit)
+	if q.Client.IsValid() {
+		v.Set("client", q.Client.String())
+	}
+	for _, p := range [...][2]string{{"after", q.After}, {"listen", q.Listen}, {"name", q.Name}, {"rule", q.Rule}, {"backend", q.Backend}, {"stage", q.Stage}} {
+		if p[1] != "" {
+			v.Set(p[0], p[1])
+		}
+	}
+	return a, c.ask(ctx, http.MethodGet, "conns", v, &a)
+}
+
+// Index is what can be asked for.
+func (c *Client) Index(ctx context.Context) (a IndexAnswer, err error) {
+	return a, c.ask(ctx, http.MethodGet, "", nil, &a)
 }
 
 // Certs is at most limit certificates.
@@ -78,8 +94,8 @@ func (c *Client) Backends(ctx context.Context, limit int) (a BackendsAnswer, err
 	return a, c.ask(ctx, http.MethodGet, "backends", limited(limit), &a)
 }
 
-// OrderBackend says what becomes of a backend: see gateway.OrderBackend. That there is none of this name is no error
-// here: the answer says so.
+// OrderBackend says what becomes of a backend: see gateway.OrderBackend. That there is none of this name is an *Error with
+// status 404.
 func (c *Client) OrderBackend(ctx context.Context, backend string, order gateway.BackendOrder) (a BackendOrderAnswer, err error) {
 	return a, c.ask(ctx, http.MethodPost, "backends/"+string(order), url.Values{"backend": {backend}}, &a)
 }
@@ -94,6 +110,14 @@ func (c *Client) Reload(ctx context.Context) (a gateway.Reloaded, err error) {
 func (c *Client) Drain(ctx context.Context) (a DrainAnswer, err error) {
 	return a, c.ask(ctx, http.MethodPost, "drain", nil, &a)
 }
+
+// Error is what the admin answered instead of what it was asked for.
+type Error struct {
+	Status int // of HTTP
+	ErrorAnswer
+}
+
+func (e *Error) Error() string { return e.ErrorAnswer.Error + ": " + e.Instead }
 
 func limited(n int) url.Values { return url.Values{"limit": {fmt.Sprint(n)}} }
 
@@ -121,8 +145,12 @@ func (c *Client) ask(ctx context.Context, method, name string, query url.Values,
 	switch {
 	case response.StatusCode == http.StatusUnauthorized:
 		return fmt.Errorf("the admin at %s demands its token: set %sADMIN_TOKEN to the one that the gateway has", c.base, gateway.Prefix)
-	case strings.HasPrefix(response.Header.Get("Content-Type"), "application/json"):
+	case !strings.HasPrefix(response.Header.Get("Content-Type"), "application/json"):
+	case response.StatusCode < http.StatusBadRequest || response.StatusCode == http.StatusUnprocessableEntity:
 		return json.Unmarshal(body, into)
+	default:
+		e := &Error{Status: response.StatusCode}
+		return cmp.Or(json.Unmarshal(body, &e.ErrorAnswer), error(e))
 	}
 	return fmt.Errorf("the admin at %s answered %s: %.200s", c.base, response.Status, strings.TrimSpace(string(body)))
 }

@@ -5,8 +5,10 @@ package admin
 import (
 	"net/http"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -41,7 +43,8 @@ var (
 	reloadsDesc    = desc("config_reloads_total", "Attempts to read the configuration again, by result.", "result")
 	loopConnsDesc  = desc("loop_connections_accepted_total", "Connections accepted by each event loop.", "loop")
 	loopSlowDesc   = desc("loop_slow_rounds_total", "Rounds of each event loop that took more than 10 ms: its connections waited as long.", "loop")
-	loopLagDesc    = desc("loop_longest_round_seconds", "The longest round of each event loop since the start.", "loop")
+	loopLongDesc   = desc("loop_longest_round_seconds", "The longest round of each event loop since the start; 0 while none has taken a millisecond.", "loop")
+	loopLagDesc    = desc("loop_lag_seconds", "The longest round of each event loop in the last one or two minutes: connections waited as long. 0 when none took a millisecond.", "loop")
 	ktlsDesc       = desc("ktls_halves_total", "Directions of TLS connections that streamed and went to the kernel: tx is what is sent.", "direction")
 	fallbackDesc   = desc("ktls_fallbacks_total", "Directions of TLS connections that streamed and stayed in user space, by why.", "reason")
 	refusedDesc    = desc("refused_total", "Connections that were turned away, by the limit that they met.", "reason")
@@ -50,6 +53,12 @@ var (
 	certDesc       = desc("certificate_not_after_timestamp_seconds", "When the certificate expires, of the "+strconv.Itoa(certGauges)+" that expire first.", "name", "key", "file")
 	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
 )
+
+var labelledDescs = []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc,
+	fallbackDesc, loopConnsDesc, loopSlowDesc, loopLongDesc, loopLagDesc, certDesc, buildDesc}
+
+// sender takes one number.
+type sender func(d *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string)
 
 // plainMetrics are those without labels.
 var plainMetrics = []struct {
@@ -81,13 +90,24 @@ var plainMetrics = []struct {
 		func(s *gateway.Status) float64 { return number(s.Draining) }},
 	{desc("config_generation", "Number of the configuration that new connections get."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return float64(s.Generation) }},
+	{desc("config_generations", "Configurations that connections run under: the current one, and older ones until their last connection ends."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Generations) }},
+	{desc("config_reload_timestamp_seconds", "When it was tried last to read the configuration again; 0: never."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 {
+			if s.Reloads.Last == nil {
+				return 0
+			}
+			return seconds(s.Reloads.Last.At)
+		}},
 	{desc("config_reload_success_timestamp_seconds", "When the configuration was read last without an error."), prometheus.GaugeValue,
-		func(s *gateway.Status) float64 { return float64(s.Reloads.Since.UnixMilli()) / 1000 }},
+		func(s *gateway.Status) float64 { return seconds(s.Reloads.Since) }},
 	{desc("config_reload_ok", "0 when the last attempt to read the configuration failed, and the one before is still served."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return number(s.Reloads.Last == nil || s.Reloads.Last.OK) }},
 	{desc("certificates", "Certificates that are served."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return float64(s.Certificates) }},
 }
+
+func seconds(t time.Time) float64 { return float64(t.UnixMilli()) / 1000 }
 
 func number(b bool) float64 {
 	if b {
@@ -98,10 +118,7 @@ func number(b bool) float64 {
 
 // Describe and Collect make the Server a prometheus.Collector.
 func (s *Server) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc, fallbackDesc, loopConnsDesc, loopSlowDesc, loopLagDesc, certDesc, buildDesc} {
-		to <- d
-	}
-	for _, d := range backendDescs {
+	for _, d := range slices.Concat(labelledDescs, backendDescs, durationDescs) {
 		to <- d
 	}
 	for i := range plainMetrics {
@@ -112,7 +129,7 @@ func (s *Server) Describe(to chan<- *prometheus.Desc) {
 // Collect reads everything once.
 func (s *Server) Collect(to chan<- prometheus.Metric) {
 	status := s.status()
-	send := func(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) {
+	var send sender = func(d *prometheus.Desc, kind prometheus.ValueType, v float64, labels ...string) {
 		to <- prometheus.MustNewConstMetric(d, kind, v, labels...)
 	}
 	for _, m := range plainMetrics {
@@ -132,7 +149,8 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 		loop := strconv.Itoa(i)
 		send(loopConnsDesc, prometheus.CounterValue, float64(l.Accepted), loop)
 		send(loopSlowDesc, prometheus.CounterValue, float64(l.SlowRounds), loop)
-		send(loopLagDesc, prometheus.GaugeValue, l.LongestRound/1000, loop)
+		send(loopLongDesc, prometheus.GaugeValue, l.LongestRound/1000, loop)
+		send(loopLagDesc, prometheus.GaugeValue, l.Lag/1000, loop)
 	}
 	send(ktlsDesc, prometheus.CounterValue, float64(status.Kernel.TX), "tx")
 	send(ktlsDesc, prometheus.CounterValue, float64(status.Kernel.RX), "rx")
@@ -148,12 +166,13 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	}
 	s.collectCerts(send)
 	s.collectBackends(send)
+	s.collectDurations(to, &status)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
 }
 
 // collectCerts tells certificates apart by their first name, key and file. If that's not enough the one that expires
 // first counts.
-func (s *Server) collectCerts(send func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
+func (s *Server) collectCerts(send sender) {
 	type labels struct{ name, key, file string }
 	seen := map[labels]bool{}
 	for _, c := range s.gateway.Certificates(certGauges) {

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"iter"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A loop looks at so many of its connections in one turn when it is asked about them, some 100 µs (BenchmarkGlance).
+// Between two turns it serves everybody else, however many connections it has.
+const glance = 256
+
+// survey is a walk over all connections of a loop. Those that begin meanwhile may be missed.
+type survey struct {
+	loop *loop
+	ctx  context.Context
+	next func() (*conn, bool)
+	see  func(*conn)
+	done func()
+}
+
+// begin is called on the loop. A loop that ends meanwhile runs what was posted once more, when it has no connection left:
+// so every survey comes to its end.
+func (s *survey) begin() {
+	next, stop := iter.Pull(maps.Keys(s.loop.conns))
+	done := s.done
+	s.next, s.done = next, func() {
+		stop()
+		done()
+	}
+	s.turn()
+}
+
+func (s *survey) turn() {
+	if s.ctx.Err() != nil {
+		s.done()
+		return
+	}
+	for range glance {
+		c, more := s.next()
+		if !more {
+			s.done()
+			return
+		}
+		if c.stage != over {
+			s.see(c)
+		}
+	}
+	s.loop.post(s.turn)
+}
+
+// viewer looks at the connections of one loop, and says then what it has seen.
+type viewer[T any] interface {
+	see(c *conn)
+	seen() []T
+}
+
+// surveyed has a viewer look at every connection of each loop, and joins what they have seen. A loop that is not done
+// before ctx is over is left out.
+func surveyed[T any](ctx context.Context, g *Gateway, view func(*loop) viewer[T]) []T {
+	answers := make([]chan []T, len(g.loops))
+	for i, l := range g.loops {
+		answer := make(chan []T, 1)
+		answers[i] = answer
+		l.post(func() {
+			v := view(l)
+			(&survey{loop: l, ctx: ctx, see: v.see, done: func() { answer <- v.seen() }}).begin()
+		})
+	}
+	return join(ctx, g, answers)
+}
+
+// ConnQuery says which of the open connections are meant: those that fit everything that is not empty.
+type ConnQuery struct {
+	Limit   int          // of how many is told
+	After   string       // what Conns has returned as next, for those that come behind
+	Client  netip.Prefix // whose client is in there
+	Listen  string       // ":443", as the connection has it
+	Name    string       // that the client asked for
+	Rule    string       // "edge.natmap:3"
+	Backend string       // "10.0.0.12:8080"
+	Stage   string       // "relay"
+}
+
+func (q *ConnQuery) fits(c *conn) bool {
+	r := &c.report
+	switch {
+	case q.Client.IsValid() && !q.Client.Contains(r.source.Addr().Unmap()),
+		q.Listen != "" && q.Listen != r.listen.name,
+		q.Name != "" && q.Name != r.sni,
+		q.Rule != "" && (r.route == nil || q.Rule != r.route.label),
+		q.Backend != "" && q.Backend != r.backend,
+		q.Stage != "" && q.Stage != c.stage.String():
+		return false
+	}
+	return true
+}
+
+// rank is where a connection stands in the list of all: the newest first.
+type rank struct {
+	accepted int64
+	id       uint64
+}
+
+func rankOf(r *report) rank { return rank{r.accepted, r.id} }
+
+func (p rank) compare(o rank) int {
+	return cmp.Or(cmp.Compare(o.accepted, p.accepted), cmp.Compare(o.id, p.id))
+}
+
+func (p rank) String() string { return fmt.Sprintf("%x.%x", p.accepted, p.id) }
+
+// parseRank reads what String has written. Nobody else is meant to write one.
+func parseRank(s string) (p rank, err error) {
+	accepted, id, _ := strings.Cut(s, ".")
+	if p.accepted, err = strconv.ParseInt(accepted, 16, 64); err == nil {
+		p.id, err = strconv.ParseUint(id, 16, 64)
+	}
+	return p, err
+}
+
+// Conns are the newest open connections that the query is about; next is where the following ones begin, "" if there are
+// none. Loops are asked a little at a time: 100,000 connections hold nobody up.
+func (g *Gateway) Conns(ctx context.Context, q ConnQuery) (infos []OpenConn, next string, err error) {
+	after := rank{}
+	if q.After != "" {
+		if after, err = parseRank(q.After); err != nil {
+			return nil, "", fmt.Errorf("after=%.40q is nothing that was answered as next", q.After)
+		}
+	}
+	all := surveyed(ctx, g, func(l *loop) viewer[OpenConn] { return &newest{loop: l, query: &q, after: after} })
+	slices.SortFunc(all, func(a, b OpenConn) int { return a.rank.compare(b.rank) })
+	if len(all) > q.Limit {
+		all = all[:q.Limit]
+		if q.Limit > 0 {
+			next = all[q.Limit-1].rank.String()
+		}
+	}
+	return all, next, nil
+}
+
+// newest keeps the newest connections of a loop, in order, which is several times faster than to sort all. It keeps one
+// more than is told, to know whether there are more.
+type newest struct {
+	loop  *loop
+	query *ConnQuery
+	after rank
+	top   []*conn
+}
+
+func (n *newest) see(c *conn) {
+	p := rankOf(&c.report)
+	if n.query.After != "" && p.compare(n.after) <= 0 || !n.query.fits(c) {
+		return
+	}
+	if most := n.query.Limit + 1; len(n.top) == most {
+		if p.compare(rankOf(&n.top[most-1].report)) >= 0 {
+			return
+		}
+		n.top = n.top[:most-1]
+	}
+	at, _ := slices.BinarySearchFunc(n.top, p, func(c *conn, p rank) int { return rankOf(&c.report).compare(p) })
+	n.top = slices.Insert(n.top, at, c)
+}
+
+func (n *newest) seen() (infos []OpenConn) {
+	for _, c := range n.top {
+		if c.stage != over { // it may have ended since it was seen
+			infos = append(infos, c.info())
+		}
+	}
+	return infos
+}
+
+func (c *conn) info() OpenConn {
+	o := OpenConn{ConnInfo: c.report.info(), AgeMS: millis(c.loop.now - c.report.accepted), IdleMS: millis(c.loop.now - c.active)}
+	o.Stage, o.Up, o.Down = c.stage.String(), c.up.moved, c.down.moved
+	return o
+}
+
+// oldest is the age in milliseconds of the oldest connection of each generation.
+func (g *Gateway) oldest(ctx context.Context) map[uint64]int64 {
+	oldest := map[uint64]int64{}
+	for _, a := range surveyed(ctx, g, func(l *loop) viewer[age] { return &ages{loop: l, began: map[*generation]int64{}} }) {
+		oldest[a.generation] = max(oldest[a.generation], a.ms)
+	}
+	return oldest
+}
+
+type age struct {
+	generation uint64
+	ms         int64
+}
+
+type ages struct {
+	loop  *loop
+	began map[*generation]int64
+}
+
+func (a *ages) see(c *conn) {
+	if at, seen := a.began[c.gen]; !seen || c.report.accepted < at {
+		a.began[c.gen] = c.report.accepted
+	}
+}
+
+func (a *ages) seen() (all []age) {
+	for gen, at := range a.began {
+		all = append(all, age{gen.number, millis(a.loop.now - at)})
+	}
+	return all
+}
