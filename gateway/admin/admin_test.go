@@ -47,6 +47,12 @@ type bed struct {
 
 func start(t *testing.T, settings ...string) *bed {
 	t.Helper()
+	return startWith(t, "{tls} localhost -> demo; {tls} refused.test -> reject; {plain} -> "+echoServer(t)+" mode=tcp", settings...)
+}
+
+// startWith has another map, in which {tls} and {plain} are the ports.
+func startWith(t *testing.T, rules string, settings ...string) *bed {
+	t.Helper()
 	b := &bed{}
 	log := &logBook{}
 	t.Cleanup(func() {
@@ -58,7 +64,7 @@ func start(t *testing.T, settings ...string) *bed {
 	for range 10 { // a port that was free may be taken before the gateway has it
 		b.tls, b.plain = freePort(t), freePort(t)
 		config = read(t, append(settings, "STATE="+t.TempDir(), "LOOPS=2", "ADMIN_TOKEN="+token,
-			fmt.Sprintf("MAP=%[1]s localhost -> demo; %[1]s refused.test -> reject; %[2]s -> %[3]s mode=tcp", b.tls, b.plain, echoServer(t)))...)
+			"MAP="+strings.NewReplacer("{tls}", b.tls, "{plain}", b.plain).Replace(rules))...)
 		var err error
 		if b.gateway, err = gateway.New(config, log); err != nil {
 			t.Fatal(err)
