@@ -54,7 +54,8 @@ type loop struct {
 	encrypting   int       // and how many have begun
 
 	counters counters
-	ended    endedRing // the last connections that are over, for the admin
+	ended    endedRing // the last connections that are over, for the admin: with outcome ok,
+	failed   endedRing // and with another one
 	accept4  func(fd int32) (int32, netip.AddrPort, unix.Errno)
 	lastID   uint64
 	stopping bool // draining: the loop ends with its last connection

@@ -263,7 +263,11 @@ func (l *loop) count(r *report) {
 	if r.backend != "" {
 		n.spans[connectionSpan].note(l.now - r.accepted)
 	}
-	l.ended.add(r, l.now)
+	if r.outcome == OK {
+		l.ended.add(r, l.now)
+	} else {
+		l.failed.add(r, l.now)
+	}
 }
 
 // carried counts bytes that came from a flow's source, as the application counts them. A stream that runs for a day

@@ -244,12 +244,17 @@ type EndedConn struct {
 	AgoMS      int64  `json:"ago_ms"` // since it ended
 }
 
-// Ended are the connections that ended last, the latest first, at most limit of them. Load balancers' probes are left
-// out: they would push out everything else.
+// Ended are the connections that ended last, the latest first: at most limit of those with outcome ok, and as many of the
+// others, which the former would push out. So would load balancers' probes, which are left out.
 func (g *Gateway) Ended(ctx context.Context, limit int) []EndedConn {
-	all := ask(ctx, g, func(l *loop) []EndedConn { return l.ended.list(l.now) })
+	all := ask(ctx, g, func(l *loop) []EndedConn { return append(l.ended.list(l.now), l.failed.list(l.now)...) })
 	slices.SortFunc(all, func(a, b EndedConn) int { return cmp.Compare(a.AgoMS, b.AgoMS) })
-	return all[:min(limit, len(all))]
+	room := map[bool]int{true: limit, false: limit}
+	return slices.DeleteFunc(all, func(c EndedConn) bool {
+		ok := c.Outcome == OK.String()
+		room[ok]--
+		return room[ok] < 0
+	})
 }
 
 // ask has f run on every loop and joins the answers. Loops that are over have none.

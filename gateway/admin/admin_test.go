@@ -53,6 +53,22 @@ func start(t *testing.T, settings ...string) *bed {
 // startWith has another map, in which {tls} and {plain} are the ports.
 func startWith(t *testing.T, rules string, settings ...string) *bed {
 	t.Helper()
+	return startAs(t, settings, func(b *bed) string {
+		return "MAP=" + strings.NewReplacer("{tls}", b.tls, "{plain}", b.plain).Replace(rules)
+	})
+}
+
+// startFrom reads its map from a file, which write has written when the ports are known.
+func startFrom(t *testing.T, file string, write func(*bed)) *bed {
+	t.Helper()
+	return startAs(t, nil, func(b *bed) string {
+		write(b)
+		return "MAP_FILE=" + file
+	})
+}
+
+func startAs(t *testing.T, settings []string, setMap func(*bed) string) *bed {
+	t.Helper()
 	b := &bed{}
 	log := &logBook{}
 	t.Cleanup(func() {
@@ -64,7 +80,7 @@ func startWith(t *testing.T, rules string, settings ...string) *bed {
 	for range 10 { // a port that was free may be taken before the gateway has it
 		b.tls, b.plain = freePort(t), freePort(t)
 		config = read(t, append(settings, "STATE="+t.TempDir(), "LOOPS=2", "ADMIN_TOKEN="+token,
-			"MAP="+strings.NewReplacer("{tls}", b.tls, "{plain}", b.plain).Replace(rules))...)
+			setMap(b))...)
 		var err error
 		if b.gateway, err = gateway.New(config, log); err != nil {
 			t.Fatal(err)

@@ -46,7 +46,7 @@ type ConnsAnswer struct {
 	Total       int64               `json:"total"`          // open
 	Connections []gateway.OpenConn  `json:"connections"`    // the newest first
 	Next        string              `json:"next,omitempty"` // where the following ones begin; "": there are none
-	Ended       []gateway.EndedConn `json:"ended"`          // the last few, the latest first
+	Ended       []gateway.EndedConn `json:"ended"`          // the last few with outcome ok and the last few without, the latest first
 }
 
 // CertsAnswer is GET /api/v1/certs: the certificate that expires first comes first.
