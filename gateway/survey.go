@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"iter"
-	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -22,39 +21,42 @@ const glance = 256
 type survey struct {
 	loop *loop
 	ctx  context.Context
-	next func() (*conn, bool)
 	see  func(*conn)
 	done func()
+
+	next func() (struct{}, bool) // a turn's worth; false: that was the last
+	stop func()
 }
 
 // begin is called on the loop. A loop that ends meanwhile runs what was posted once more, when it has no connection left:
 // so every survey comes to its end.
 func (s *survey) begin() {
-	next, stop := iter.Pull(maps.Keys(s.loop.conns))
-	done := s.done
-	s.next, s.done = next, func() {
-		stop()
-		done()
-	}
+	s.next, s.stop = iter.Pull(s.turns)
 	s.turn()
 }
 
-func (s *survey) turn() {
-	if s.ctx.Err() != nil {
-		s.done()
-		return
-	}
-	for range glance {
-		c, more := s.next()
-		if !more {
-			s.done()
-			return
-		}
+// turns is a walk over the map that rests after each turn: the next one goes on in the same walk.
+func (s *survey) turns(yield func(struct{}) bool) {
+	n := 0
+	for c := range s.loop.conns {
 		if c.stage != over {
 			s.see(c)
 		}
+		if n++; n%glance == 0 && !yield(struct{}{}) {
+			return
+		}
 	}
-	s.loop.post(s.turn)
+}
+
+func (s *survey) turn() {
+	if s.ctx.Err() == nil {
+		if _, more := s.next(); more {
+			s.loop.post(s.turn)
+			return
+		}
+	}
+	s.stop()
+	s.done()
 }
 
 // viewer looks at the connections of one loop, and says then what it has seen.
@@ -153,7 +155,13 @@ type newest struct {
 	loop  *loop
 	query *ConnQuery
 	after rank
-	top   []*conn
+	top   []ranked
+}
+
+// ranked has the rank beside the connection, so that comparing many does not fetch each from memory.
+type ranked struct {
+	rank
+	conn *conn
 }
 
 func (n *newest) see(c *conn) {
@@ -162,19 +170,19 @@ func (n *newest) see(c *conn) {
 		return
 	}
 	if most := n.query.Limit + 1; len(n.top) == most {
-		if p.compare(rankOf(&n.top[most-1].report)) >= 0 {
+		if p.compare(n.top[most-1].rank) >= 0 {
 			return
 		}
 		n.top = n.top[:most-1]
 	}
-	at, _ := slices.BinarySearchFunc(n.top, p, func(c *conn, p rank) int { return rankOf(&c.report).compare(p) })
-	n.top = slices.Insert(n.top, at, c)
+	at, _ := slices.BinarySearchFunc(n.top, p, func(r ranked, p rank) int { return r.compare(p) })
+	n.top = slices.Insert(n.top, at, ranked{p, c})
 }
 
 func (n *newest) seen() (infos []OpenConn) {
-	for _, c := range n.top {
-		if c.stage != over { // it may have ended since it was seen
-			infos = append(infos, c.info())
+	for _, r := range n.top {
+		if r.conn.stage != over { // it may have ended since it was seen
+			infos = append(infos, r.conn.info())
 		}
 	}
 	return infos

@@ -102,14 +102,15 @@ func (p *program) show(args []string) int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	for {
-		if err := p.showOnce(ctx, s); err != nil {
-			if ctx.Err() != nil {
-				return exitOK
-			}
+	for first := true; ; first = false {
+		switch err := p.showOnce(ctx, s); {
+		case ctx.Err() != nil:
+			return exitOK
+		case err != nil && first:
 			return p.cannot(err)
-		}
-		if !s.watch {
+		case err != nil:
+			fmt.Fprintln(p.err, err) // it may be back for the next look
+		case !s.watch:
 			return exitOK
 		}
 		const again = 2 * time.Second
