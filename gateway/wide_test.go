@@ -61,12 +61,13 @@ func (w *wideEdge) reload(t testing.TB, mapText string) bool {
 	return w.log.take(t, func(l logLine) bool { return l.Msg == "reloaded" || strings.HasPrefix(l.Msg, "not reloaded") }).Msg == "reloaded"
 }
 
-// sayPort serves ports of the backend: each says its number, then sends back what it gets.
+// sayPort serves ports of the backend: each hears a byte or the end, says its number, then sends back what it gets.
 func (n *network) sayPort(t testing.TB, host string, ports ...int) {
 	t.Helper()
 	for _, port := range ports {
 		l := within(t, n.backend, func() (net.Listener, error) { return net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port))) })
 		serveOn(t, l, func(c net.Conn) {
+			_, _ = c.Read(make([]byte, 1))
 			fmt.Fprintf(c, "%s %5d\n", host, port)
 			_, _ = io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
 			_ = c.(*net.TCPConn).CloseWrite()
@@ -97,6 +98,7 @@ func (w *wideEdge) reaches(t testing.TB, host string, port int, backend string, 
 	if err != nil {
 		t.Fatalf("%v\n%s", err, w.log.text())
 	}
+	_, _ = c.Write([]byte{0})
 	want := fmt.Sprintf("%s %5d\n", backend, backendPort)
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
