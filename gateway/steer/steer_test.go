@@ -243,3 +243,32 @@ func TestWhoseConnectionsMeet(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkProgram is what a new connection of the network namespace pays, by how many spans there are: in the kernel,
+// without what leads to the program.
+func BenchmarkProgram(b *testing.B) {
+	able(b)
+	fd, _ := listen(b)
+	for _, c := range []struct {
+		name  string
+		spans int
+		port  uint32
+	}{{"steered", 1, 1001}, {"left", 1, 9}, {"steered-of-1000", 1000, 30031}} {
+		b.Run(c.name, func(b *testing.B) {
+			var spans []Span
+			for i := range c.spans {
+				spans = append(spans, Span{Lo: uint16(1000 + 50*i), Hi: uint16(1000 + 50*i + 40)})
+			}
+			p, err := load(spans, []int32{fd})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer p.Close()
+			in := lookup{Family: unix.AF_INET, Protocol: unix.IPPROTO_TCP, LocalIP4: [4]byte{192, 0, 2, 1}, LocalPort: c.port}
+			b.ResetTimer()
+			if _, err := p.Run(&ebpf.RunOptions{Context: in, Repeat: uint32(b.N)}); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}
