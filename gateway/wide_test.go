@@ -427,3 +427,21 @@ func TestAdminInsideARangeIsAnError(t *testing.T) {
 		}
 	}
 }
+
+// TestKTLSCarriesSteeredConnections: a socket that came by way of a sockmap's listener is like any other.
+func TestKTLSCarriesSteeredConnections(t *testing.T) {
+	k := needKernelTLS(t)
+	if err := steer.Probe(); err != nil {
+		missing(t, "can't steer here: "+steer.Reason(err))
+	}
+	b := start(t, ":{0-69} edge.test -> "+serve(t, talkBack))
+	c := b.dialTLS(t, 37, nil)
+	_ = c.SetDeadline(time.Time{})
+	if err := pour(c, 1, 2); err != nil {
+		t.Error(err)
+	}
+	_ = c.Close()
+	if l := b.lineOf(t, c.NetConn()); l.Outcome != "ok" || l.Path != kernelPath(k, c.ConnectionState().Version) || l.Listen != fmt.Sprintf(":%d", b.ports[37]) {
+		t.Errorf("line: %s", l)
+	}
+}
