@@ -123,6 +123,7 @@ func setOf(all []endpoint) map[endpoint]bool {
 type wideRules struct {
 	gen    *generation
 	spans  []spanRules
+	early  bool       // all of them take data with the SYN: what a rule has not asked for it does not get (fastopen=)
 	before *wideRules // for those who were on their way when ports were taken out; nil when they have arrived
 }
 
@@ -145,7 +146,7 @@ func (w *wideRules) at(port uint16) (*generation, *portRules) {
 
 // wideRules are those of an address's steered ports.
 func (gen *generation) wideRules(l *layout, addr netip.Addr) *wideRules {
-	w := &wideRules{gen: gen}
+	w := &wideRules{gen: gen, early: true}
 	for _, s := range l.steered {
 		if s.Addr != addr {
 			continue
@@ -154,7 +155,9 @@ func (gen *generation) wideRules(l *layout, addr netip.Addr) *wideRules {
 		for port := int(s.Lo); port <= int(s.Hi); port++ {
 			if p := gen.config.Map.Port(addr, uint16(port)); p != last || port == int(s.Lo) {
 				last = p
-				w.spans = append(w.spans, spanRules{uint16(port), 0, gen.port(addr, uint16(port))})
+				rules := gen.port(addr, uint16(port))
+				w.spans = append(w.spans, spanRules{uint16(port), 0, rules})
+				w.early = w.early && rules.early
 			}
 			w.spans[len(w.spans)-1].hi = uint16(port)
 		}
@@ -245,7 +248,7 @@ func (g *Gateway) openLayout(gen *generation, next *layout) (*opening, error) {
 	}
 	for _, ln := range o.opened {
 		if slices.Contains(next.anchors, endpoint{ln.addr, ln.port}) {
-			ln.wide, ln.gen, ln.rules = &wideRules{}, nil, nil
+			ln.wide, ln.gen, ln.rules = &wideRules{early: ln.rules.early}, nil, nil
 		}
 	}
 	if err := g.load(o); err != nil {
@@ -321,6 +324,9 @@ func (g *Gateway) forgetBefore() {
 func (l *loop) serveWide(rules map[endpoint]*wideRules) {
 	for _, ln := range l.listeners {
 		if w := rules[endpoint{ln.addr, ln.port}]; w != nil {
+			if w.early != ln.wide.early {
+				ln.takeEarly(w.early)
+			}
 			ln.wide = w
 		}
 	}

@@ -401,7 +401,9 @@ func TestPortOfAnotherProgramIsNotSteered(t *testing.T) {
 	if !w.reload(t, ":10000-29999 -> "+backend4+":= mode=tcp idle=1m") {
 		t.Errorf("not reloaded: %s", w.log.text())
 	}
-	w.log.take(t, func(l logLine) bool { return strings.Contains(l.Msg, "another program listens") && l.Listen == ":12346" })
+	w.log.take(t, func(l logLine) bool {
+		return strings.Contains(l.Msg, "another program listens") && l.Listen == ":12346"
+	})
 }
 
 // TestAdminInsideARangeIsAnError: it would never be reached.
