@@ -332,22 +332,30 @@ func (l *loop) serveWide(rules map[endpoint]*wideRules) {
 	}
 }
 
+// others are the listening sockets that are not ours.
+func (g *Gateway) others() (others []steer.Socket, err error) {
+	all, err := steer.Listening()
+	ours := setOf(g.ports.sockets())
+	for _, s := range all {
+		if !ours[endpoint{s.Addr.Unmap(), s.Port}] && !(s.Addr.IsUnspecified() && ours[endpoint{port: s.Port}]) {
+			others = append(others, s)
+		}
+	}
+	return others, err
+}
+
 // unclaimed says which of the ports that are going to be steered somebody else listens on. With sockets of our own the
 // kernel would say so; steered connections would be taken from him without a word.
 func (g *Gateway) unclaimed(next *layout) error {
 	if len(next.steered) == 0 {
 		return nil
 	}
-	listening, err := steer.Listening()
+	others, err := g.others()
 	if err != nil {
 		return &steerError{err}
 	}
-	ours := setOf(g.ports.sockets())
 	var errs []error
-	for _, s := range listening {
-		if ours[endpoint{s.Addr.Unmap(), s.Port}] || s.Addr.IsUnspecified() && ours[endpoint{port: s.Port}] {
-			continue
-		}
+	for _, s := range others {
 		for _, l := range next.steered {
 			e := endpoint{l.Addr, s.Port}
 			switch {
@@ -356,6 +364,33 @@ func (g *Gateway) unclaimed(next *layout) error {
 				g.log.Warn("another program listens on a port of a wide range, and what is for it comes here", zap.String("listen", listenName(e.addr, e.port)),
 					zap.String("its_address", s.Addr.String()))
 			default:
+				errs = append(errs, &ListenError{listenName(e.addr, e.port), unix.EADDRINUSE})
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// probe says which of the endpoints somebody else listens on, or can't be listened on. Where we have a socket with the
+// same port for other addresses, which would be in the way of trying, the kernel is asked.
+func (g *Gateway) probe(all []endpoint) error {
+	var errs []error
+	beside := map[uint16]bool{}
+	for _, e := range g.ports.sockets() {
+		beside[e.port] = true
+	}
+	var asked []endpoint
+	for _, e := range all {
+		if beside[e.port] {
+			asked = append(asked, e)
+		} else if err := probePort(e.addr, e.port); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if len(asked) > 0 {
+		others, _ := g.others() // who can't ask finds out by listening
+		for _, e := range asked {
+			if slices.ContainsFunc(others, func(s steer.Socket) bool { return s.Port == e.port && s.Meets(e.addr) }) {
 				errs = append(errs, &ListenError{listenName(e.addr, e.port), unix.EADDRINUSE})
 			}
 		}

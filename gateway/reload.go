@@ -4,7 +4,6 @@ package gateway
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -127,11 +126,7 @@ func without(all, others []endpoint) (rest []endpoint) {
 
 // openListeners opens a listener on each loop for each endpoint: all of them, or none.
 func (g *Gateway) openListeners(gen *generation, all []endpoint) (opened []*listener, err error) {
-	var errs []error
-	for _, e := range all {
-		errs = append(errs, probePort(e.addr, e.port))
-	}
-	if err := errors.Join(errs...); err != nil {
+	if err := g.probe(all); err != nil {
 		return nil, err
 	}
 	for _, e := range all {
