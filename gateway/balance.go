@@ -45,7 +45,7 @@ func (p *place) at(c *conn, b *backend) *server {
 	if p.ports == nil {
 		return p.server
 	}
-	return p.ports.at(c.route, b, c.report.listen.port)
+	return p.ports.at(c.route, b, c.report.door())
 }
 
 func (p *ports) at(r *route, b *backend, port uint16) *server {

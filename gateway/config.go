@@ -72,6 +72,7 @@ func readConfig(s Settings) (*Config, Problems) {
 		problems = append(problems, c.readLists()...)
 		problems = append(problems, c.checkTransparent()...)
 		problems = append(problems, c.checkTLVs()...)
+		problems = append(problems, c.checkAdmin()...)
 	}
 	return c, problems
 }

@@ -51,6 +51,7 @@ type Gateway struct {
 	open        atomic.Int64 // connections
 	maxConns    atomic.Int64
 	reloads     reloader
+	ports       listening
 	waiting     atomic.Int64 // connections for which no backend has room, on all loops
 	idBase      uint64
 	draining    atomic.Bool
@@ -68,7 +69,7 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 		return nil, fmt.Errorf("make session ticket keys: %w", err)
 	}
 	g := &Gateway{settings: c.Settings, started: time.Now(), failed: make(chan error, 1), tickets: ticketKeeper{keys: keys}}
-	g.demo, g.house = newDemo(), newGatehouse()
+	g.demo, g.house, g.ports.layout = newDemo(), newGatehouse(), &layout{}
 	if c.Settings.KTLS != "off" {
 		g.kernel = probeKernel()
 	}
@@ -83,7 +84,7 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 	g.lines = newLineBuffer(out)
 	g.log = newLogger(&g.settings, g.lines)
 	g.current.Store(g.newGeneration(c, nil))
-	g.maxConns.Store(g.connectionLimit(g.current.Load()))
+	g.maxConns.Store(g.connectionLimit(g.ports.next(c.Map, maySteer(c.Map) == nil)))
 	return g, nil
 }
 
@@ -96,7 +97,7 @@ func newIDBase() uint64 {
 
 // connectionLimit is TLSNAT_MAX_CONNS, or what the limit of open files allows: two descriptors a connection, when
 // listeners, pipes and what else a process has open are taken off.
-func (g *Gateway) connectionLimit(gen *generation) int64 {
+func (g *Gateway) connectionLimit(l *layout) int64 {
 	if g.settings.MaxConns > 0 {
 		return int64(g.settings.MaxConns)
 	}
@@ -104,10 +105,7 @@ func (g *Gateway) connectionLimit(gen *generation) int64 {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
 		return 1000
 	}
-	listeners := len(gen.endpoints())
-	const others = 64 // standard files, log, admin and its clients, name lookups
-	reserved := others + len(g.loops)*(listeners+2*idlePipes+4)
-	return int64(max(1, (int(min(r.Cur, 1<<24))-reserved)/2))
+	return int64(max(1, (int(min(r.Cur, 1<<24))-l.reserved(len(g.loops)))/2))
 }
 
 // Start opens every port of the map and begins to accept. If one can't be opened none is, and the error is about all
@@ -143,11 +141,19 @@ func (g *Gateway) Start() error {
 // listen opens the ports of the first generation. All are probed before the first is opened: later our own sockets
 // would be in the way.
 func (g *Gateway) listen(gen *generation) error {
-	opened, err := g.openListeners(gen, gen.endpoints())
-	for _, ln := range opened {
+	o, err := g.openPorts(gen)
+	if err != nil {
+		return err
+	}
+	wide := g.wideRules(gen, o)
+	for _, ln := range o.opened {
 		ln.loop.adopt(ln)
 	}
-	return err
+	for _, l := range g.loops {
+		l.serveWide(wide)
+	}
+	g.maxConns.Store(g.connectionLimit(o.layout))
+	return g.steer(o)
 }
 
 // Failed delivers the error that ended a loop. It never happens on a healthy kernel.
@@ -227,6 +233,9 @@ func (g *Gateway) finish(ctx context.Context) {
 		g.loopsEnd(late)
 	}
 	g.stop()
+	g.reloads.one.Lock() // one that runs comes to its end
+	_ = g.ports.steering.Close()
+	g.reloads.one.Unlock()
 	g.keeper.close()
 	g.demo.close()
 	g.ended.Wait()

@@ -149,21 +149,6 @@ type endpoint struct {
 	port uint16
 }
 
-// endpoints are all that the map listens on.
-func (gen *generation) endpoints() []endpoint {
-	var all []endpoint
-	seen := map[endpoint]bool{}
-	for _, l := range gen.config.Map.Listens() {
-		for port := int(l.Lo); port <= int(l.Hi); port++ {
-			if e := (endpoint{l.Addr, uint16(port)}); !seen[e] {
-				seen[e] = true
-				all = append(all, e)
-			}
-		}
-	}
-	return all
-}
-
 // ticketKeeper holds the session ticket keys in the form crypto/tls wants: one config, made again when the keys
 // change, shared by all handshakes so that a ticket from one loop is good on another.
 type ticketKeeper struct {

@@ -23,6 +23,7 @@ type listener struct {
 	gen   *generation
 	rules *portRules // of gen; what new connections get
 	name  string     // ":443", as the log calls it
+	wide  *wideRules // of one that serves many ports, of which port is one; then gen and rules are there
 
 	backoff time.Duration // how long accepting rests after it failed
 	paused  bool
@@ -66,11 +67,20 @@ func (e *ListenError) Error() string {
 
 func (e *ListenError) Unwrap() error { return e.Err }
 
+// listenName is how the log calls a listener.
 func listenName(addr netip.Addr, port uint16) string {
 	if !addr.IsValid() {
 		return ":" + strconv.Itoa(int(port))
 	}
 	return net.JoinHostPort(addr.String(), strconv.Itoa(int(port)))
+}
+
+// nameAt is the name for a connection; port is its report's.
+func (ln *listener) nameAt(port uint16) string {
+	if ln.wide == nil {
+		return ln.name
+	}
+	return listenName(ln.addr, port)
 }
 
 // probePort finds out whether anybody else listens on the port. SO_REUSEPORT would let two gateways of one user share

@@ -193,6 +193,9 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	c := newConn(l, ln, fd, peer)
 	l.conns[c] = struct{}{}
 	l.counters.accepted.Add(1)
+	if ln.wide != nil && !c.enterWide(ln.wide) {
+		return
+	}
 	c.gen.open.Add(1)
 	if l.gw.open.Add(1) > l.gw.maxConns.Load() {
 		l.gw.open.Add(-1)

@@ -4,7 +4,6 @@ package gateway
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -92,32 +91,31 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 	for _, p := range gen.resolve(context.Background()) {
 		r.Problems = append(r.Problems, "warning: "+p)
 	}
-	var added, removed []endpoint
-	have, want := last.endpoints(), gen.endpoints()
-	added, removed = without(want, have), without(have, want)
-	opened, err := g.openListeners(gen, added)
+	had := g.ports.sockets()
+	o, err := g.openPorts(gen)
 	if err != nil {
 		return err
 	}
 	r.Added, r.Removed = difference(last.config.Map, gen.config.Map)
 	gen.added, gen.removed = r.Added, r.Removed
-	g.maxConns.Store(g.connectionLimit(gen))
+	g.maxConns.Store(g.connectionLimit(o.layout))
 	g.current.Store(gen)
 	g.keeper.adopt(gen)
 	g.reloads.retire(last)
-	g.swap(gen, opened)
+	g.swap(gen, o)
+	if err := g.steer(o); err != nil { // as unlikely as it gets: it was loaded
+		r.Problems = append(r.Problems, "ports that are new in wide ranges are not served: "+err.Error())
+	}
 	g.retireRules(last, gen)
-	g.close(removed)
+	g.close(without(had, o.sockets()))
+	g.forgetBefore()
 	r.OK, r.Generation = true, gen.number
 	return nil
 }
 
 // without returns those of all that are not among others.
 func without(all, others []endpoint) (rest []endpoint) {
-	there := make(map[endpoint]bool, len(others))
-	for _, e := range others {
-		there[e] = true
-	}
+	there := setOf(others)
 	for _, e := range all {
 		if !there[e] {
 			rest = append(rest, e)
@@ -128,11 +126,7 @@ func without(all, others []endpoint) (rest []endpoint) {
 
 // openListeners opens a listener on each loop for each endpoint: all of them, or none.
 func (g *Gateway) openListeners(gen *generation, all []endpoint) (opened []*listener, err error) {
-	var errs []error
-	for _, e := range all {
-		errs = append(errs, probePort(e.addr, e.port))
-	}
-	if err := errors.Join(errs...); err != nil {
+	if err := g.probe(all); err != nil {
 		return nil, err
 	}
 	for _, e := range all {
@@ -153,22 +147,24 @@ func (g *Gateway) openListeners(gen *generation, all []endpoint) (opened []*list
 
 // swap has every loop serve the new generation, and adopt its new listeners. A loop does it between two events: a
 // connection is accepted under the one generation or the other.
-func (g *Gateway) swap(gen *generation, opened []*listener) {
-	rules := map[endpoint]*portRules{}
-	for _, e := range gen.endpoints() {
+func (g *Gateway) swap(gen *generation, o *opening) {
+	rules := make(map[endpoint]*portRules, len(o.plain))
+	for _, e := range o.plain {
 		rules[e] = gen.port(e.addr, e.port)
 	}
+	wide := g.wideRules(gen, o)
 	g.onLoops(func(l *loop) {
 		for _, ln := range l.listeners {
 			if r := rules[endpoint{ln.addr, ln.port}]; r != nil {
 				ln.serve(gen, r)
 			}
 		}
-		for _, ln := range opened {
+		for _, ln := range o.opened {
 			if ln.loop == l {
 				l.adopt(ln)
 			}
 		}
+		l.serveWide(wide)
 	})
 }
 

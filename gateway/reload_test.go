@@ -162,6 +162,32 @@ func TestReloadOpensAndClosesPorts(t *testing.T) {
 	greeting(t, v.dialTLS(t, 1, nil))
 }
 
+// TestReloadAddsAnAddressOfAPort: our own socket for another address is not in the way, but another program's is.
+func TestReloadAddsAnAddressOfAPort(t *testing.T) {
+	a, b := namedServer(t, "a"), namedServer(t, "b")
+	one := "127.0.0.1:{0} edge.test -> " + a
+	v := startLive(t, one)
+	v.reload(t, one+"\n:{0} edge.test -> "+b)
+	greeting(t, v.dialTLS(t, 0, nil))
+	v.reload(t, ":{0} edge.test -> "+b)
+	if name := greeting(t, v.dialTLS(t, 0, nil)); name != "b" {
+		t.Errorf("without its own rule the address leads to %s", name)
+	}
+	v.reload(t, one)
+	if name := greeting(t, v.dialTLS(t, 0, nil)); name != "a" {
+		t.Errorf("with its own rule the address leads to %s", name)
+	}
+	taken, err := net.Listen("tcp", fmt.Sprintf("127.0.0.2:%d", v.ports[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	v.write(t, one+"\n:{0} edge.test -> "+b)
+	if r := v.gateway.Reload(); r.OK || !strings.Contains(strings.Join(r.Problems, "\n"), "another program listens there") {
+		t.Errorf("%+v, though another program listens on an address of the port", r)
+	}
+}
+
 // TestReloadsUnderLoad: a hundred reloads, with broken files between them, while clients come and go. None of them is
 // refused, reset, or sent to where no map ever sent it.
 func TestReloadsUnderLoad(t *testing.T) {

@@ -44,10 +44,11 @@ type report struct {
 	inKernel   uint8 // and how many of them the kernel carried in the end
 	byBackend  bool  // the alerts are those of the backend's connection
 
+	backendResumed bool
 	backendVersion uint16 // of TLS; 0: it is spoken to in plain TCP
 	backendCipher  uint16
-	backendResumed bool
-	backendShook   int64 // how long the handshake with it took
+	port           uint16 // that was connected to, where the listener serves many; see door
+	backendShook   int64  // how long the handshake with it took
 
 	shaken        int64 // when the handshake was done, in loop nanoseconds
 	helloDone     int64
@@ -82,6 +83,14 @@ func (r *report) shookHands(s *tls.ConnectionState, now int64) {
 // encrypted takes what was agreed on with the backend.
 func (r *report) encrypted(s *tls.ConnectionState, took int64) {
 	r.backendVersion, r.backendCipher, r.backendResumed, r.backendShook = s.Version, s.CipherSuite, s.DidResume, took
+}
+
+// door is where the connection came in: the listener's port, or that of the connection where the listener serves many.
+func (r *report) door() uint16 {
+	if r.listen.wide != nil {
+		return r.port
+	}
+	return r.listen.port
 }
 
 func (r *report) idText() string {
@@ -137,7 +146,7 @@ func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
 		}
 	}
 	dst = append(dst, zap.String("id", r.idText()), zap.String("outcome", r.outcome.String()),
-		zap.String("listen", r.listen.name), zap.String("client", r.source.String()), zap.String("peer", r.peer.String()))
+		zap.String("listen", r.listen.nameAt(r.port)), zap.String("client", r.source.String()), zap.String("peer", r.peer.String()))
 	text("sni", r.sni)
 	if r.version != 0 {
 		text("alpn", r.negotiated)

@@ -44,6 +44,7 @@ type sample struct {
 
 	// of the last one of them
 	listen   *listener
+	port     uint16 // as in report
 	sni, err string
 	refusal  refusal
 }
@@ -88,7 +89,7 @@ func (s *sampler) take(l *loop, r *report) bool {
 		return true
 	}
 	x.unlogged++
-	x.listen, x.sni, x.err, x.refusal = r.listen, r.sni, r.err, r.refusal
+	x.listen, x.port, x.sni, x.err, x.refusal = r.listen, r.port, r.sni, r.err, r.refusal
 	l.counters.unlogged.Add(1)
 	return false
 }
@@ -119,7 +120,7 @@ func (x *sample) log(l *loop, key sampled) {
 		client = key.source.Addr().String()
 	}
 	fields := []zap.Field{zap.String("client", client), zap.String("outcome", key.outcome.String()), zap.Uint64("count", x.unlogged),
-		zap.String("listen", x.listen.name)}
+		zap.String("listen", x.listen.nameAt(x.port))}
 	for _, f := range [...][2]string{{"sni", x.sni}, {"refused", x.refusal.String()}, {"error", x.err}} {
 		if f[1] != "" {
 			fields = append(fields, zap.String(f[0], f[1]))

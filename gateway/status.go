@@ -285,7 +285,7 @@ func join[T any](ctx context.Context, g *Gateway, answers []chan []T) (all []T) 
 func millis(d int64) int64 { return d / int64(time.Millisecond) }
 
 func (r *report) info() ConnInfo {
-	i := ConnInfo{ID: r.idText(), Listen: r.listen.name, Client: r.source, Peer: r.peer, SNI: r.sni, Backend: r.backend,
+	i := ConnInfo{ID: r.idText(), Listen: r.listen.nameAt(r.port), Client: r.source, Peer: r.peer, SNI: r.sni, Backend: r.backend,
 		Stage: r.stage.String(), Up: r.up, Down: r.down, rank: rankOf(r)}
 	if r.version != 0 {
 		i.TLS = r.versionNumber()

@@ -96,7 +96,7 @@ func (q *ConnQuery) fits(c *conn) bool {
 	r := &c.report
 	switch {
 	case q.Client.IsValid() && !q.Client.Contains(r.source.Addr().Unmap()),
-		q.Listen != "" && q.Listen != r.listen.name,
+		q.Listen != "" && q.Listen != r.listen.nameAt(r.port),
 		q.Name != "" && q.Name != r.sni,
 		q.Rule != "" && (r.route == nil || q.Rule != r.route.label),
 		q.Backend != "" && q.Backend != r.backend,

@@ -30,6 +30,9 @@ func (p *program) check(args []string) int {
 	if config == nil {
 		return exitInput
 	}
+	if err := config.CheckSockets(); err != nil {
+		return p.cannot(err)
+	}
 	ports, certificates := 0, 0
 	for _, l := range config.Map.Listens() {
 		ports += l.Len()
@@ -134,6 +137,7 @@ func (p *program) version(args []string) int {
 	fmt.Fprintf(w, "kernel\t%s\n", kernel())
 	fmt.Fprintf(w, "kTLS\t%s\n", gateway.KernelTLS())
 	fmt.Fprintf(w, "splice\t%s\n", splice())
+	fmt.Fprintf(w, "sk_lookup\t%s\n", gateway.Steering())
 	fmt.Fprintf(w, "backlog\t%s (net.core.somaxconn)\n", sysctl("net/core/somaxconn"))
 	fmt.Fprintf(w, "pipes\t%s bytes (fs.pipe-max-size)\n", sysctl("fs/pipe-max-size"))
 	w.Flush()
