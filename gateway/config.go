@@ -186,7 +186,14 @@ func (c *Config) Certificate(r *natmap.Rule, name string, local func() netip.Add
 
 // onlyDemoTerminates says whether no rule needs a certificate of the operator's.
 func (c *Config) onlyDemoTerminates() bool {
-	return !slices.ContainsFunc(c.Map.Rules, func(r *natmap.Rule) bool { return terminates(r) && r.Action != natmap.Demo })
+	demo := false
+	for _, r := range c.Map.Rules {
+		if terminates(r) && r.Action != natmap.Demo {
+			return false
+		}
+		demo = demo || r.Action == natmap.Demo
+	}
+	return demo
 }
 
 // terminates says whether clients of the rule see a certificate.
