@@ -310,7 +310,7 @@ func (d *dialling) socket(c *conn, to *server) (int32, error) {
 	for tried := 1; ; tried++ {
 		fd, err := connectTo(family, out.protocol(), sa, func(fd int) error {
 			setNodelay(int32(fd)) // keepalive comes with the first silence: park
-			delayAcks(int32(fd))  // that of the connection itself goes with the first request
+			delayAcks(int32(fd))  // that of the connection itself goes with the first request, or see ackNow
 			return out.begin(fd, family, c.report.source.Addr(), c.speaksFirst(d.spot.backend))
 		})
 		if !out.again(err, tried) {

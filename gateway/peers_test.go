@@ -626,6 +626,32 @@ func TestServerSpeaksFirst(t *testing.T) {
 	}
 }
 
+// TestGreetingIsNotWaitedFor: a backend that speaks first hears of its connection at once, not when the kernel has lost
+// its patience with the acknowledgement that could go along with data (200 ms).
+func TestGreetingIsNotWaitedFor(t *testing.T) {
+	backend := mailScript.serve(t)
+	b := start(t, fmt.Sprintf(":{0} -> %[1]s mode=tcp\n:{1} edge.test -> %[1]s\n:{2} edge.test -> %[1]s starttls=smtp", backend))
+	for name, greet := range map[string]func(){
+		"tcp":       func() { _, _ = b.dial(t, 0).Read(make([]byte, 1)) },
+		"terminate": func() { _, _ = b.dialTLS(t, 1, nil).Read(make([]byte, 1)) },
+		"starttls": func() {
+			c := b.dial(t, 2)
+			say(t, c, "STARTTLS\r\n", "220 edge.test ESMTP\r\n"+tlsAnswer)
+			say(t, tls.Client(c, clientConfig(t, nil)), "EHLO me\r\n", mailScript.answers["EHLO"])
+		},
+	} {
+		best := patience
+		for range 5 {
+			began := time.Now()
+			greet()
+			best = min(best, time.Since(began))
+		}
+		if best > 150*time.Millisecond {
+			t.Errorf("%s: the quickest of five greetings came after %v", name, best)
+		}
+	}
+}
+
 // postgres runs a server with an empty database, as the user that it demands not to be root, and returns its port.
 // Settings are written KEY=VALUE; a VALUE in PEM becomes the path of a file with it.
 func postgres(t testing.TB, settings ...string) string {

@@ -152,7 +152,7 @@ func proxyHeaderLen(b []byte) (int, error) {
 
 // greet puts the PROXY header for the backend, and what the client has sent already, before everything else that goes
 // there. To a tls:// backend the header has gone already, in the clear before the handshake, as HAProxy's send-proxy
-// and everybody who reads it have it.
+// and everybody who reads it have it. A backend to which nothing can be said yet may be one that speaks first.
 func (c *conn) greet() stage {
 	if s := c.backend.tls; s != nil {
 		c.up.hold(c.loop, s.sealed(c.pending))
@@ -168,7 +168,13 @@ func (c *conn) greet() stage {
 	c.active = c.loop.now
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
 	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))
-	return c.relayed()
+	silent := c.backend.tls == nil && !c.dial.introduced && !c.up.stuck()
+	c.stage = c.relayed()
+	next := c.relay()
+	if silent && c.up.moved == 0 && c.backend.fd >= 0 {
+		ackNow(c.backend.fd)
+	}
+	return next
 }
 
 // proxyHeader is the header for the backend as the rule wants it, nil for none.

@@ -223,7 +223,10 @@ func (c *conn) startAsking() stage {
 	c.stage = asking
 	d.talk, d.introduced = newTalk(d.backend.speech), true
 	c.setDeadline(d.share(c))
-	if out := d.talk.client.Start(c.proxyHeader()); len(out) > 0 && !wholly(&c.backend, out) {
+	switch out := d.talk.client.Start(c.proxyHeader()); {
+	case len(out) == 0:
+		ackNow(c.backend.fd)
+	case !wholly(&c.backend, out):
 		return c.nextBackend("it reads nothing")
 	}
 	return c.ask()
