@@ -384,6 +384,7 @@ var endings = []struct {
 // client that speaks TLS sees just that; one that does not sees a reset. The other way round a TLS backend sees what
 // its client did.
 func TestTruncationIsNoEnd(t *testing.T) {
+	beside(t)
 	x := newCrossing(t)
 	for _, w := range ways {
 		if w.backend == 0 {
@@ -485,28 +486,32 @@ func (c slowConn) Read(p []byte) (int, error) { return (&slowReader{c.Conn, 16 <
 // TestEndsAreCarriedOver: data complete, FIN as FIN, RST as RST, and the outcome in the log, on every way through the
 // gateway, whoever begins.
 func TestEndsAreCarriedOver(t *testing.T) {
-	x := newCrossing(t)
+	beside(t)
 	for _, w := range ways {
-		for _, c := range endings {
-			for i, who := range []string{"client", "backend"} {
-				if near := [2]uint16{w.tls, w.backend}[i]; c.onlyTLS && near == 0 || c.cutShort && w.backend != 0 {
-					continue
+		t.Run(w.name, func(t *testing.T) {
+			beside(t)
+			x := newCrossing(t)
+			for _, c := range endings {
+				for i, who := range []string{"client", "backend"} {
+					if near := [2]uint16{w.tls, w.backend}[i]; c.onlyTLS && near == 0 || c.cutShort && w.backend != 0 {
+						continue
+					}
+					t.Run(c.name+"/"+who, func(t *testing.T) {
+						client, backend := x.cross(t, w)
+						if i == 0 {
+							c.act(t, client, backend)
+						} else {
+							c.act(t, backend, client)
+						}
+						_, _ = client.tcp.Close(), backend.tcp.Close()
+						l := x.lineOf(t, client.tcp)
+						if l.Outcome != c.outcomes[i] {
+							t.Errorf("want %s: %s", c.outcomes[i], l)
+						}
+					})
 				}
-				t.Run(w.name+"/"+c.name+"/"+who, func(t *testing.T) {
-					client, backend := x.cross(t, w)
-					if i == 0 {
-						c.act(t, client, backend)
-					} else {
-						c.act(t, backend, client)
-					}
-					_, _ = client.tcp.Close(), backend.tcp.Close()
-					l := x.lineOf(t, client.tcp)
-					if l.Outcome != c.outcomes[i] {
-						t.Errorf("want %s: %s", c.outcomes[i], l)
-					}
-				})
 			}
-		}
+		})
 	}
 }
 
@@ -540,6 +545,7 @@ func TestEndBehindTheHelloIsCarriedOver(t *testing.T) {
 
 // TestClientThatLeavesWhileABackendIsSoughtIsLetGo at once, not when the search is over.
 func TestClientThatLeavesWhileABackendIsSoughtIsLetGo(t *testing.T) {
+	beside(t)
 	b := start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} -> %[1]s mode=tcp", silentServer(t, "127.0.0.1:0")), "CONNECT_TIMEOUT=40s")
 	for i, mode := range []string{"terminate", "tcp"} {
 		t.Run(mode, func(t *testing.T) {
@@ -651,8 +657,8 @@ func TestSlowReaderBoundsMemory(t *testing.T) {
 					})
 				}
 				for i, b := range backends {
-					waitStuck(t, b)
-					if n := sent[i].Load(); n >= size || unsentBytes(t, b.tcp) == 0 {
+					until(t, "it is stuck", func() bool { waitStuck(t, b); return unsentBytes(t, b.tcp) > 0 })
+					if n := sent[i].Load(); n >= size {
 						t.Errorf("after %d bytes it should be stuck", n)
 					}
 				}

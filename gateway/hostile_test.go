@@ -33,6 +33,7 @@ import (
 
 // TestHelloInAnyShapeIsRead: however a hello is cut into segments and records, and however long it is.
 func TestHelloInAnyShapeIsRead(t *testing.T) {
+	beside(t)
 	backend := serve(t, func(c *net.TCPConn) {
 		s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{pki(t).leaves["edge-ecdsa"].certificate(pki(t))}})
 		_, _ = io.Copy(s, s)
@@ -162,6 +163,7 @@ func TestWhatIsNoHelloIsRefused(t *testing.T) {
 
 // TestSlowHelloIsClosed at HELLO_TIMEOUT, whether the client is silent or drips.
 func TestSlowHelloIsClosed(t *testing.T) {
+	beside(t)
 	const timeout = 700 * time.Millisecond
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "HELLO_TIMEOUT="+timeout.String(), "PROXY_FROM=127.0.0.9")
 	hello := clientHello(t, nil)
@@ -294,6 +296,7 @@ func TestProxyHeaderInManySegmentsIsRead(t *testing.T) {
 
 // TestBrokenHandshakeIsTold: each way not to finish a handshake has its outcome, stage and words.
 func TestBrokenHandshakeIsTold(t *testing.T) {
+	beside(t)
 	const timeout = time.Second
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "HELLO_TIMEOUT="+timeout.String())
 	// saidHello leaves the client where it has the server's first flight.
@@ -493,6 +496,7 @@ func violate(t *testing.T, b *bed, p *penman, got *testimony, v violation, toget
 
 // TestDataBeforeAViolationReachesASlowBackend: what it has not taken yet when the client breaks the protocol.
 func TestDataBeforeAViolationReachesASlowBackend(t *testing.T) {
+	beside(t)
 	backend, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

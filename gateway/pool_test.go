@@ -288,6 +288,7 @@ func TestConnectionsWaitForRoom(t *testing.T) {
 
 // TestWaitingHasAnEnd: by the time of queue=, by the client, and by the end of the gateway.
 func TestWaitingHasAnEnd(t *testing.T) {
+	beside(t)
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp max-conns=1 queue=2,200ms\n:{1} -> %s mode=tcp max-conns=1 queue=2,1h", echoServer(t), echoServer(t)))
 	for i := range 2 {
 		exchange(t, b.dial(t, i), random(1, 100))
@@ -312,6 +313,7 @@ func TestWaitingHasAnEnd(t *testing.T) {
 // TestDeadPoolAnswersAtOnce: once it's known that nobody is there clients don't wait to hear it, and the gateway itself
 // finds out when somebody is there again.
 func TestDeadPoolAnswersAtOnce(t *testing.T) {
+	beside(t)
 	backend := newMortal(t, sayer("alive"))
 	backend.kill()
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp", backend.addr))
@@ -333,6 +335,7 @@ func TestDeadPoolAnswersAtOnce(t *testing.T) {
 
 // TestRestartIsBridged: a backend that is away for less time than the retries take costs no client anything.
 func TestRestartIsBridged(t *testing.T) {
+	beside(t)
 	backend := newMortal(t, sayer("alive"))
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp retries=10 eject=off connect=30s", backend.addr))
 	backend.kill()
@@ -368,6 +371,7 @@ func newWeb(t testing.TB) *web {
 
 // TestChecksTakeBackendsOutAndIn: of each kind, a backend that fails gets nothing until it's good again.
 func TestChecksTakeBackendsOutAndIn(t *testing.T) {
+	beside(t)
 	leaf := pki(t).leaves["edge-ecdsa"]
 	certificate := tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: leaf.key}
 	sink := func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) }
@@ -407,6 +411,7 @@ func TestChecksTakeBackendsOutAndIn(t *testing.T) {
 
 // TestFlappingCheckChangesNothing: with fall=2 a check that fails every other time leaves the backend up.
 func TestFlappingCheckChangesNothing(t *testing.T) {
+	beside(t)
 	var n atomic.Int64
 	flapping := newMortal(t, func(c *net.TCPConn) {
 		_, _ = bufio.NewReader(c).ReadString('\n')
@@ -423,6 +428,7 @@ func TestFlappingCheckChangesNothing(t *testing.T) {
 
 // TestFirstCheckDecides: a gateway that starts beside a dead backend doesn't send clients there for three rounds.
 func TestFirstCheckDecides(t *testing.T) {
+	beside(t)
 	dead := refusing(t)
 	b := start(t, fmt.Sprintf(":{0} -> %s %s mode=tcp check=tcp every=1h", dead, echoServer(t)))
 	b.becomes(t, dead, "down")
@@ -430,6 +436,7 @@ func TestFirstCheckDecides(t *testing.T) {
 
 // TestSilentBackendFailsItsCheck, and the end of the gateway does not wait for an answer.
 func TestSilentBackendFailsItsCheck(t *testing.T) {
+	beside(t)
 	silent := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	patient := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp check=http:/ every=200ms\n:{1} -> %s mode=tcp check=http:/ every=1h", silent.addr, patient.addr))
@@ -447,6 +454,7 @@ func TestSilentBackendFailsItsCheck(t *testing.T) {
 
 // TestOneCheckForManyRules: however many rules name an address, it is asked as often as the most demanding one wants.
 func TestOneCheckForManyRules(t *testing.T) {
+	beside(t)
 	backend := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	var rules strings.Builder
 	fmt.Fprintf(&rules, ":{0} -> %s mode=tcp check=tcp every=200ms\n", backend.addr)
@@ -463,6 +471,7 @@ func TestOneCheckForManyRules(t *testing.T) {
 
 // TestChecksAreNoClients: where rules send a PROXY header checks send one too, that says so.
 func TestChecksAreNoClients(t *testing.T) {
+	beside(t)
 	heard := make(chan string, 64)
 	listen := func(c *net.TCPConn) {
 		r := bufio.NewReader(c)
@@ -485,6 +494,7 @@ func TestChecksAreNoClients(t *testing.T) {
 
 // TestConnectionsOfADownBackendAreCut where the rule says so, and nowhere else.
 func TestConnectionsOfADownBackendAreCut(t *testing.T) {
+	beside(t)
 	backend := newMortal(t, echo)
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp check=tcp every=100ms fall=2 on-down=cut\n:{1} -> %s mode=tcp", backend.addr, backend.addr))
 	cut, kept := b.dial(t, 0), b.dial(t, 1)
@@ -668,6 +678,7 @@ func address(last byte) *dnsmessage.AResource {
 // TestNamesLeadToAllTheirAddresses, and SRV records to their ports, by priority and weight. When a name leads elsewhere
 // connections follow.
 func TestNamesLeadToAllTheirAddresses(t *testing.T) {
+	beside(t)
 	port := freePorts(t, 1)[0]
 	for i := byte(2); i <= 5; i++ {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.%d:%d", i, port))
