@@ -102,7 +102,7 @@ func (c *conn) unanswered(why string) stage {
 func (c *conn) nextBackend(why string) stage {
 	d := c.dial
 	d.failed(why)
-	if d.talk != nil && d.talk.passed {
+	if d.passed() {
 		return c.unconnected(ConnectFailed, strings.Join(d.errs, "; "))
 	}
 	d.talk, d.introduced = nil, false

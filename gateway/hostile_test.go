@@ -638,7 +638,7 @@ func TestConnectionsBeyondMaxConnsAreTurnedAway(t *testing.T) {
 	exchange(t, b.dialTLS(t, 0, nil), []byte("room again"))
 }
 
-// TestOldestHelloIsShed when more hellos wait than TLSNAT_HANDSHAKES.
+// TestOldestHelloIsShed when more hellos wait than TLSNAT_HANDSHAKES; and one whose client has left has no turn.
 func TestOldestHelloIsShed(t *testing.T) {
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=2", "LOOPS=1")
 	hello := clientHello(t, nil)
@@ -665,13 +665,15 @@ func TestOldestHelloIsShed(t *testing.T) {
 	if l := b.lineOf(t, waiting[0]); l.Outcome != "limited" || l.Stage != "handshake_queue" || l.SNI != "edge.test" {
 		t.Errorf("line: %s", l)
 	}
+	reset(waiting[1])
+	b.lineOf(t, waiting[1]).expect(t, logLine{Outcome: "client_reset", Stage: "handshake_queue"})
 	for _, s := range busy {
 		close(s.resume)
 		if err := <-s.done; err != nil {
 			t.Error(err)
 		}
 	}
-	for _, c := range waiting[1:] {
+	for _, c := range waiting[2:] {
 		if _, err := io.ReadFull(c, make([]byte, 600)); err != nil {
 			t.Errorf("one that waited for its turn: %v", err)
 		}

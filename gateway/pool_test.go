@@ -514,6 +514,42 @@ func TestConnectionsOfADownBackendAreCut(t *testing.T) {
 	exchange(t, kept, random(2, 100))
 }
 
+// TestWhoIsOnTheWayToADownBackendGoesElsewhere, where on-down=cut: whether it is to be greeted or to shake hands with it.
+func TestWhoIsOnTheWayToADownBackendGoesElsewhere(t *testing.T) {
+	deaf := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	good := mailScript.serve(t)
+	b := start(t, fmt.Sprintf(":{0} edge.test -> %[1]s %[2]s/backup starttls=smtp on-down=cut connect=1h\n:{1} -> tls://%[1]s %[2]s/backup mode=tcp on-down=cut connect=1h",
+		deaf.addr, good), "LOOPS=1")
+	asking, encrypting := b.dial(t, 0), b.dial(t, 1)
+	say(t, asking, "STARTTLS\r\n", "220 edge.test ESMTP\r\n"+tlsAnswer)
+	s := tls.Client(asking, clientConfig(t, nil))
+	if err := s.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "both wait for it", func() bool {
+		stages := map[string]int{}
+		for _, c := range b.conns(t, 10) {
+			stages[c.Stage]++
+		}
+		return stages["backend_starttls"] == 1 && stages["backend_tls"] == 1
+	})
+	if _, err := b.gateway.OrderBackend(deaf.addr, gateway.MaintainBackend); err != nil {
+		t.Fatal(err)
+	}
+	say(t, s, "EHLO me\r\n", mailScript.answers["EHLO"])
+	say(t, encrypting, "", mailScript.greeting)
+	for _, c := range []net.Conn{asking, encrypting} {
+		_ = c.Close()
+		l := b.lineOf(t, c)
+		if l.Backend != good || !strings.Contains(l.Error, "is maintenance: an operator has said so") {
+			t.Errorf("it does not say why: %s", l)
+		}
+	}
+	if n := b.backend(t, deaf.addr).Open; n != 0 {
+		t.Errorf("%d connections are counted, and none is open", n)
+	}
+}
+
 // TestSilentFamilyIsRaced: of a name with two families one that is silent costs a fraction of a second, and soon nothing.
 func TestSilentFamilyIsRaced(t *testing.T) {
 	silent := silentServer(t, "[::1]:0")

@@ -312,7 +312,8 @@ func (k *keeper) probed(e *errand, s *server, err error) time.Duration {
 	return never
 }
 
-// cutConnections ends the connections to a server, of rules that say on-down=cut.
+// cutConnections ends the connections to a server, of rules that say on-down=cut. Those that are about to have one look
+// for another.
 func (g *Gateway) cutConnections(s *server, why string) {
 	if !g.cuts() {
 		return
@@ -320,11 +321,31 @@ func (g *Gateway) cutConnections(s *server, why string) {
 	for _, l := range g.loops {
 		l.post(func() {
 			for c := range l.conns {
-				if c.server == s && c.route.onDown == natmap.Cut && (c.stage == relaying || c.stage == translating) {
-					c.cut(BackendReset, why)
+				switch {
+				case c.server == s && c.route.onDown == natmap.Cut:
+					c.loseServer(why)
+				case c.dial != nil && c.dial.rivalServer == s && c.route.onDown == natmap.Cut:
+					c.dropRival()
 				}
 			}
 		})
+	}
+}
+
+// loseServer is for a connection whose server must not be used any more, however far it has come with it: MySQL's clients
+// have one before they have said anything.
+func (c *conn) loseServer(why string) {
+	switch {
+	case c.stage == encrypting && !c.dial.passed():
+		c.giveUpEncryption(why)
+	case c.stage == waitingEncryption && !c.dial.passed():
+		c.loop.encryptQueue.remove(c)
+		fallthrough
+	case c.stage == connecting, c.stage == asking:
+		c.stage = c.nextBackend(why)
+		c.advance()
+	case c.stage < lingering:
+		c.cut(BackendReset, why)
 	}
 }
 

@@ -213,6 +213,9 @@ type talk struct {
 	passed   bool // MySQL: the client has the greeting, so that no other backend can take over
 }
 
+// passed says whether the client has had the backend's greeting.
+func (d *dialling) passed() bool { return d.talk != nil && d.talk.passed }
+
 func newTalk(b speech) *talk {
 	return &talk{client: starttls.NewClient(b.speaks, b.asks), greets: b.speaks.Greets()}
 }

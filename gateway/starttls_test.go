@@ -400,22 +400,30 @@ func TestMySQLWaitsForRoom(t *testing.T) {
 	}
 }
 
-// TestLoginOfADownBackendIsCut: a connection that is translated is one that is open.
+// TestLoginOfADownBackendIsCut: with on-down=cut also a connection that is translated is one that is open, and one whose
+// client has been greeted by the backend, and has asked for TLS or not.
 func TestLoginOfADownBackendIsCut(t *testing.T) {
 	backend := mysqlServer(t)
 	b := start(t, ":{0} -> "+backend.addr+" starttls=mysql cert=edge.test on-down=cut")
-	c := b.dial(t, 0)
-	if err := mysqlTLS(t, c).Handshake(); err != nil {
+	greeted, asked, login := b.dial(t, 0), b.dial(t, 0), b.dial(t, 0)
+	say(t, greeted, "", strings.Replace(mysqlGreeting, "\xff\xf7", "\xff\xff", 1))
+	mysqlTLS(t, asked)
+	if err := mysqlTLS(t, login).Handshake(); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "it logs in", func() bool {
-		conns := b.conns(t, 10)
-		return len(conns) == 1 && conns[0].Stage == "login"
+	until(t, "all are where they have to be", func() bool {
+		stages := map[string]int{}
+		for _, c := range b.conns(t, 10) {
+			stages[c.Stage]++
+		}
+		return stages["login"] == 1 && stages["starttls"] == 1 && stages["hello"] == 1
 	})
 	if _, err := b.gateway.OrderBackend(backend.addr, gateway.MaintainBackend); err != nil {
 		t.Fatal(err)
 	}
-	b.lineOf(t, c).expect(t, logLine{Outcome: "backend_reset", Stage: "login"})
+	for c, stage := range map[net.Conn]string{greeted: "starttls", asked: "hello", login: "login"} {
+		b.lineOf(t, c).expect(t, logLine{Outcome: "backend_reset", Stage: stage, Backend: backend.addr})
+	}
 }
 
 // TestChecksAskForTLS: in the protocol of the backend, as connections do, or in the one that the check names.
