@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
@@ -406,6 +407,45 @@ func TestChecksTakeBackendsOutAndIn(t *testing.T) {
 	}
 	if p := http.asked.Load(); *p != "GET /well?really HTTP/1.1\r\n" {
 		t.Errorf("it is asked for %q", *p)
+	}
+}
+
+// TestChecksAskAsConnectionsDo: for the name of backend-name=, which many a backend wants to hear, and with the certificate of
+// backend-cert=.
+func TestChecksAskAsConnectionsDo(t *testing.T) {
+	beside(t)
+	a := pki(t)
+	strict := &tls.Config{ClientAuth: tls.RequireAnyClientCert, MaxVersion: tls.VersionTLS12,
+		GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			if chi.ServerName != "edge.test" {
+				return nil, fmt.Errorf("there is no %q here", chi.ServerName)
+			}
+			c := a.leaves["edge-ecdsa"].certificate(a)
+			return &c, nil
+		}}
+	asked := make(chan string, 64)
+	backend := func() string {
+		return serve(t, func(c *net.TCPConn) {
+			s := tls.Server(c, strict)
+			if r, err := http.ReadRequest(bufio.NewReader(s)); err == nil {
+				asked <- r.Host
+				_, _ = io.WriteString(s, "HTTP/1.1 200 OK\r\n\r\n")
+			}
+		})
+	}
+	one, other := backend(), backend()
+	const how = " mode=tcp backend-ca=root backend-name=edge.test backend-cert=edge.test every=1h check="
+	b := start(t, ":{0} -> tls://"+one+how+"tls\n:{1} -> tls://"+other+how+"http:/", trusting(t))
+	for _, addr := range []string{one, other} {
+		until(t, addr+" is checked", func() bool { return !b.backend(t, addr).Checks[0].At.IsZero() })
+		if i := b.backend(t, addr); !i.Checks[0].Up {
+			t.Errorf("%+v", i)
+		}
+	}
+	if len(asked) > 0 {
+		if host := <-asked; host != "edge.test" {
+			t.Errorf("it is asked for %q", host)
+		}
 	}
 }
 
