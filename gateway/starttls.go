@@ -226,7 +226,9 @@ func (c *conn) startAsking() stage {
 	c.stage = asking
 	d.talk, d.introduced = newTalk(d.backend.speech), true
 	c.setDeadline(d.share(c))
-	switch out := d.talk.client.Start(c.proxyHeader()); {
+	out := d.talk.client.Start(c.proxyHeader())[d.early:]
+	d.early = 0
+	switch {
 	case len(out) == 0:
 		ackNow(c.backend.fd)
 	case !wholly(&c.backend, out):
