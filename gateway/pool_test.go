@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -204,6 +205,46 @@ func TestKilledBackendCostsOnlyItsConnections(t *testing.T) {
 		t.Errorf("%d clients saw an error, and %d were connected to the killed backend", failed, onIt)
 	}
 	t.Logf("%d connections, %d cut with their backend", good, onIt)
+}
+
+// TestThousandsFollowTheWeights: what is chosen is what is connected to, over two loops. Of connections that stay the one
+// with the fewest is found on whichever loop (TestConnectionsFollowTheWeights is about a hundred thousand choices).
+func TestThousandsFollowTheWeights(t *testing.T) {
+	beside(t)
+	const n = 2000
+	weights := []int{5, 3, 1, 1}
+	for balance, stay := range map[string]bool{"round-robin": false, "least-conn": true} {
+		t.Run(balance, func(t *testing.T) {
+			rule := ":{0} ->"
+			var all []*mortal
+			for _, w := range weights {
+				m := newMortal(t, func(c *net.TCPConn) {
+					_, _ = io.WriteString(c, ".")
+					_, _ = io.Copy(io.Discard, c)
+				})
+				rule, all = rule+fmt.Sprintf(" %s/weight=%d", m.addr, w), append(all, m)
+			}
+			b := start(t, rule+" mode=tcp balance="+balance)
+			conns := crowd(t, n, func() (net.Conn, error) {
+				c, err := net.DialTimeout("tcp", b.addr(0), patience)
+				if err == nil {
+					_, err = io.ReadFull(c, make([]byte, 1))
+				}
+				if err == nil && !stay {
+					err = c.Close()
+				}
+				return c, err
+			})
+			for i, w := range weights {
+				got, want := float64(all[i].accepted.Load()), float64(n*w)/10
+				if math.Abs(got-want) > 0.02*want {
+					t.Errorf("of weight %d: %.0f connections, want %.0f give or take 2 %%", w, got, want)
+				}
+			}
+			closeAll(conns)
+			b.stop(t)
+		})
+	}
 }
 
 // TestDrainedBackendComesToZero: it gets no new connections, keeps those it has, and is used again when it is told so.
