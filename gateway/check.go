@@ -199,13 +199,9 @@ func (c *check) answered(err error) bool {
 
 // judge sets a server's state to what its checks say, all of them. The keeper's lock is held.
 func (k *keeper) judge(s *server) {
-	var bits uint32
-	why := "its checks succeed"
-	for _, c := range s.checks {
-		if !c.up {
-			bits = isDown
-			why = fmt.Sprintf("check=%s: %v", c.how, c.err)
-		}
+	why, bits := s.failing(""), isDown
+	if why == "" {
+		bits, why = 0, "its checks succeed"
 	}
 	k.change(s, isDown, bits, why)
 }

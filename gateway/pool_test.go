@@ -515,6 +515,26 @@ func TestFirstCheckDecides(t *testing.T) {
 	b.becomes(t, dead, "down")
 }
 
+// TestReasonIsThatOfTheState: a backend that was down before an operator drained it is down for the same reason when he is
+// done with it.
+func TestReasonIsThatOfTheState(t *testing.T) {
+	beside(t)
+	dead := refusing(t)
+	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp check=tcp every=1h", dead))
+	b.becomes(t, dead, "down")
+	for _, s := range []struct {
+		order         gateway.BackendOrder
+		state, reason string
+	}{{gateway.DrainBackend, "draining", "an operator has said so"}, {gateway.ReadyBackend, "down", "check=tcp: connection refused"}} {
+		if _, err := b.gateway.OrderBackend(dead, s.order); err != nil {
+			t.Fatal(err)
+		}
+		if i := b.backend(t, dead); i.State != s.state || i.Reason != s.reason {
+			t.Errorf("%s because of %q, want %s because of %q", i.State, i.Reason, s.state, s.reason)
+		}
+	}
+}
+
 // TestSilentBackendFailsItsCheck, and the end of the gateway does not wait for an answer.
 func TestSilentBackendFailsItsCheck(t *testing.T) {
 	beside(t)

@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"fmt"
 	"hash/fnv"
 	"net/netip"
 	"strings"
@@ -225,9 +226,16 @@ func (k *keeper) change(s *server, mask, bits uint32, why string) {
 	k.changed(s, before, after, why)
 }
 
-// changed is told of every change of what keeps a server from being used.
+// changed is told of every change of what keeps a server from being used. Its reason is that of the state that it is called
+// by, which need not be the one that has changed.
 func (k *keeper) changed(s *server, before, after uint32, why string) {
 	s.changed = time.Now()
+	switch {
+	case after&(isDraining|isMaintained) != 0:
+		why = asTold
+	case after&isDown != 0:
+		why = s.failing(why)
+	}
 	s.why.Store(&why)
 	fields := []zap.Field{zap.String("backend", s.name), zap.String("state", stateWord(after)), zap.String("reason", why),
 		zap.Int64("connections", s.open.Load())}
@@ -240,6 +248,16 @@ func (k *keeper) changed(s *server, before, after uint32, why string) {
 	if worse := after &^ before; worse&(isDown|isMaintained) != 0 {
 		k.gw.cutConnections(s, "its backend "+s.name+" is "+stateWord(after)+": "+why)
 	}
+}
+
+// failing is what a check of the server says that fails, or otherwise. The keeper's lock is held.
+func (s *server) failing(otherwise string) string {
+	for _, c := range s.checks {
+		if !c.up {
+			return fmt.Sprintf("check=%s: %v", c.how, c.err)
+		}
+	}
+	return otherwise
 }
 
 // warm lets a server that is back begin slowly, and lets in those who wait for one.
