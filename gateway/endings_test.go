@@ -57,7 +57,8 @@ func newCrossing(t testing.TB, settings ...string) *crossing {
 	x.bed = start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} edge.test -> %[1]s mode=pass\n:{2} -> %[1]s mode=tcp\n"+
 		":{3} -> tls://%[2]s mode=tcp %[4]s\n:{4} -> tls://%[3]s mode=tcp %[4]s\n"+
 		":{5} edge.test -> tls://%[2]s %[4]s\n:{6} edge.test -> tls://%[3]s %[4]s", plain, tls12, tls13, how),
-		append(settings, "BACKEND_CAS="+filepath.Dir(pki(t).rootFile(t)))...)
+		append([]string{"CONNECT_TIMEOUT=1m", "HELLO_TIMEOUT=1m", // whoever shakes hands here may be starved, and is not dead
+			"BACKEND_CAS=" + filepath.Dir(pki(t).rootFile(t))}, settings...)...)
 	return x
 }
 
@@ -878,6 +879,22 @@ func (c *conversation) side(seed uint64) side {
 	return s
 }
 
+// known is what the gateway knows of a client's connection, whether it is over or not.
+func (x *crossing) known(t testing.TB, client net.Conn) string {
+	peer := client.LocalAddr().String()
+	for _, l := range x.log.all() {
+		if l.Peer == peer {
+			return l.text
+		}
+	}
+	for _, c := range x.gateway.Conns(t.Context(), 10_000) {
+		if c.Peer.String() == peer {
+			return fmt.Sprintf("%+v", c)
+		}
+	}
+	return "nothing is known of " + peer
+}
+
 func (c *conversation) run(t *testing.T, x *crossing, m *meeting) error {
 	w := ways[c.rng.IntN(len(ways))]
 	up, down := c.side(uint64(2*c.number)), c.side(uint64(2*c.number+1))
@@ -901,7 +918,7 @@ func (c *conversation) run(t *testing.T, x *crossing, m *meeting) error {
 	select {
 	case backend = <-m.at(uint64(c.number)):
 	case <-time.After(patience):
-		return errors.New("it did not reach the backend")
+		return errors.New("it did not reach the backend: " + x.known(t, client.tcp))
 	}
 	results := make(chan error, 2)
 	go func() { results <- up.talk(t, client, down, fin) }()

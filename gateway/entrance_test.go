@@ -167,6 +167,29 @@ func TestHellosThatFailDoNotFillTheLog(t *testing.T) {
 	}
 }
 
+// TestDeadPoolDoesNotFillTheLog: nor do those that nobody is there for.
+func TestDeadPoolDoesNotFillTheLog(t *testing.T) {
+	const n = 300
+	b := start(t, ":{0} -> "+refusing(t)+" mode=tcp retries=off eject=1", "LOOPS=1")
+	for range n {
+		_ = knock(t, "127.0.0.1", b.addr(0))
+	}
+	until(t, "all are told of", func() bool {
+		s := b.gateway.Status()
+		return s.Connections.Outcomes["connect_failed"]+s.Connections.Outcomes["no_backend"] == n
+	})
+	b.stop(t)
+	lines := 0
+	for _, l := range b.log.all() {
+		if l.Outcome == "no_backend" && l.Count == 0 {
+			lines++
+		}
+	}
+	if lines != 100 {
+		t.Errorf("%d lines, want 100", lines)
+	}
+}
+
 // TestConnsPerIPHoldsOverLoops: no address has more than its limit, on whichever loops; what it closes it can open again.
 func TestConnsPerIPHoldsOverLoops(t *testing.T) {
 	const limit, tries = 10, 60
