@@ -451,8 +451,8 @@ func TestChecksTakeBackendsOutAndIn(t *testing.T) {
 	}
 }
 
-// TestChecksAskAsConnectionsDo: for the name of backend-name=, which many a backend wants to hear, and with the certificate of
-// backend-cert=.
+// TestChecksAskAsConnectionsDo: for the name of backend-name=, or the rule's with mode=pass, which many a backend wants to
+// hear, and with the certificate of backend-cert=.
 func TestChecksAskAsConnectionsDo(t *testing.T) {
 	beside(t)
 	a := pki(t)
@@ -465,19 +465,22 @@ func TestChecksAskAsConnectionsDo(t *testing.T) {
 			return &c, nil
 		}}
 	asked := make(chan string, 64)
-	backend := func() string {
+	lenient := strict.Clone()
+	lenient.ClientAuth = tls.NoClientCert
+	backend := func(config *tls.Config) string {
 		return serve(t, func(c *net.TCPConn) {
-			s := tls.Server(c, strict)
+			s := tls.Server(c, config)
 			if r, err := http.ReadRequest(bufio.NewReader(s)); err == nil {
 				asked <- r.Host
 				_, _ = io.WriteString(s, "HTTP/1.1 200 OK\r\n\r\n")
 			}
 		})
 	}
-	one, other := backend(), backend()
+	one, other, passed := backend(strict), backend(strict), backend(lenient)
 	const how = " mode=tcp backend-ca=root backend-name=edge.test backend-cert=edge.test every=1h check="
-	b := start(t, ":{0} -> tls://"+one+how+"tls\n:{1} -> tls://"+other+how+"http:/", trusting(t))
-	for _, addr := range []string{one, other} {
+	b := start(t, ":{0} -> tls://"+one+how+"tls\n:{1} -> tls://"+other+how+"http:/\n"+
+		":{2} edge.test -> "+passed+" mode=pass check=tls every=1h", trusting(t))
+	for _, addr := range []string{one, other, passed} {
 		until(t, addr+" is checked", func() bool { return !b.backend(t, addr).Checks[0].At.IsZero() })
 		if i := b.backend(t, addr); !i.Checks[0].Up {
 			t.Errorf("%+v", i)
