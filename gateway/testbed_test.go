@@ -75,7 +75,12 @@ func runAll(m *testing.M) (code int) {
 		return 1
 	}
 	if n := settled(descriptors, openDescriptors); n > descriptors {
-		fmt.Fprintf(os.Stderr, "the tests have left descriptors: %d, and before them there were %d\n", n, descriptors)
+		fmt.Fprintf(os.Stderr, "the tests have left descriptors: %d, and before them there were %d:\n", n, descriptors)
+		entries, _ := os.ReadDir("/proc/self/fd")
+		for _, e := range entries {
+			what, _ := os.Readlink("/proc/self/fd/" + e.Name())
+			fmt.Fprintln(os.Stderr, e.Name(), what)
+		}
 		return 1
 	}
 	return 0
