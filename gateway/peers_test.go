@@ -386,7 +386,6 @@ func returnBody(w http.ResponseWriter, r *http.Request) {
 }
 
 func TestNode(t *testing.T) {
-	beside(t)
 	node := program(t, "node", "nodejs")
 	backend := httptest.NewServer(http.HandlerFunc(returnBody))
 	t.Cleanup(backend.Close)

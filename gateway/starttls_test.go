@@ -250,6 +250,7 @@ func mariadb(t testing.TB, settings ...string) (port, socket string) {
 	as := unprivileged(t, dir)
 	as2 := func(cmd *exec.Cmd) *exec.Cmd {
 		cmd.SysProcAttr.Credential, cmd.Dir = as, dir
+		cmd.Env = append(os.Environ(), "TMPDIR="+dir) // servers take each other's temporary tables for leavings
 		return cmd
 	}
 	data, users := filepath.Join(dir, "data"), filepath.Join(dir, "users.sql")
