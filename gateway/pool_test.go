@@ -413,7 +413,6 @@ func newWeb(t testing.TB) *web {
 
 // TestChecksTakeBackendsOutAndIn: of each kind, a backend that fails gets nothing until it's good again.
 func TestChecksTakeBackendsOutAndIn(t *testing.T) {
-	beside(t)
 	leaf := pki(t).leaves["edge-ecdsa"]
 	certificate := tls.Certificate{Certificate: [][]byte{leaf.Raw}, PrivateKey: leaf.key}
 	sink := func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) }
@@ -495,14 +494,13 @@ func TestChecksAskAsConnectionsDo(t *testing.T) {
 
 // TestFlappingCheckChangesNothing: with fall=2 a check that fails every other time leaves the backend up.
 func TestFlappingCheckChangesNothing(t *testing.T) {
-	beside(t)
 	var n atomic.Int64
 	flapping := newMortal(t, func(c *net.TCPConn) {
 		_, _ = bufio.NewReader(c).ReadString('\n')
 		fmt.Fprintf(c, "HTTP/1.0 %d \r\n\r\n", 200+303*(n.Add(1)%2-1)*-1)
 	})
-	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp every=100ms fall=2 check=http:/", flapping.addr))
-	until(t, "it was checked a dozen times", func() bool { return n.Load() > 12 })
+	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp every=250ms fall=2 check=http:/", flapping.addr))
+	until(t, "it was checked eight times", func() bool { return n.Load() > 8 })
 	for _, l := range b.log.all() {
 		if l.Backend == flapping.addr {
 			t.Errorf("it changed its state: %s", l)
@@ -598,7 +596,6 @@ func TestChecksAreNoClients(t *testing.T) {
 
 // TestConnectionsOfADownBackendAreCut where the rule says so, and nowhere else.
 func TestConnectionsOfADownBackendAreCut(t *testing.T) {
-	beside(t)
 	backend := newMortal(t, echo)
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp check=tcp every=100ms fall=2 on-down=cut\n:{1} -> %s mode=tcp", backend.addr, backend.addr))
 	cut, kept := b.dial(t, 0), b.dial(t, 1)

@@ -43,7 +43,8 @@ import (
 // patience is how long a test waits for what has to happen. It's never reached on a machine that is merely slow.
 const patience = 60 * time.Second
 
-// beside has a test run beside others: one that mostly waits, owns everything that it touches, and measures nothing. They
+// beside has a test run beside others: one that mostly waits, owns everything that it touches, measures nothing, and asks
+// for nothing to be done within a fraction of a second, as a check with every=100ms does. They
 // run when all others have ended, and what they leave behind is looked at when all of them have.
 func beside(t *testing.T) {
 	t.Helper()
