@@ -887,7 +887,7 @@ func (x *crossing) known(t testing.TB, client net.Conn) string {
 			return l.text
 		}
 	}
-	for _, c := range x.gateway.Conns(t.Context(), 10_000) {
+	for _, c := range x.conns(t, 10_000) {
 		if c.Peer.String() == peer {
 			return fmt.Sprintf("%+v", c)
 		}
