@@ -11,7 +11,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -39,7 +38,8 @@ type check struct {
 	proxy      natmap.ProxyVersion
 	tls        bool              // the backend is a tls:// one
 	speaks     starttls.Protocol // that it is asked for TLS in; off: TLS from the first byte on
-	host       string            // that the backend is called in the map
+	name       string            // that it is asked for, or its address
+	encryption *encryption       // of a tls:// backend: how connections speak to it
 
 	errand *errand
 	begun  bool // it has answered once, or failed to
@@ -100,7 +100,7 @@ func (k *keeper) want(wanted map[checkKey]*check, r *route, b *backend, s *serve
 		}
 		return
 	case c == nil:
-		c = &check{checkKey: key, up: true, out: r.outbound, proxy: r.proxy, tls: b.spec.TLS, host: b.spec.Host}
+		c = &check{checkKey: key, up: true, out: r.outbound, proxy: r.proxy, tls: b.spec.TLS, name: r.checkName(b), encryption: r.encryption}
 		if b.asks {
 			c.speaks = b.speaks
 		}
@@ -109,6 +109,21 @@ func (k *keeper) want(wanted map[checkKey]*check, r *route, b *backend, s *serve
 	if every := or(o.Every, natmap.DefaultEvery); c.every == 0 || every < c.every {
 		c.every, c.rise, c.fall = every, or(o.Rise, natmap.DefaultRise), or(o.Fall, natmap.DefaultFall)
 	}
+}
+
+// checkName is what a connection would ask the backend for, as far as that can be known without a client.
+func (r *route) checkName(b *backend) string {
+	asked := r.rule.Name
+	if strings.HasPrefix(asked, "*") {
+		asked = ""
+	}
+	switch {
+	case b.spec.TLS:
+		return r.encryption.nameFor(b.spec, asked)
+	case r.rule.Options.Mode == natmap.Pass && asked != "":
+		return asked
+	}
+	return strings.TrimSuffix(b.spec.Host, ".")
 }
 
 func or[T comparable](v, otherwise T) T {
@@ -123,7 +138,8 @@ func or[T comparable](v, otherwise T) T {
 func (k *keeper) keepChecking(key checkKey, w *check) {
 	if c := k.checks[key]; c != nil {
 		sooner := w.every < c.every
-		c.every, c.rise, c.fall, c.out, c.proxy, c.tls, c.speaks, c.host = w.every, w.rise, w.fall, w.out, w.proxy, w.tls, w.speaks, w.host
+		c.every, c.rise, c.fall, c.out, c.proxy = w.every, w.rise, w.fall, w.out, w.proxy
+		c.tls, c.speaks, c.name, c.encryption = w.tls, w.speaks, w.name, w.encryption
 		if !sooner {
 			return
 		}
@@ -183,13 +199,9 @@ func (c *check) answered(err error) bool {
 
 // judge sets a server's state to what its checks say, all of them. The keeper's lock is held.
 func (k *keeper) judge(s *server) {
-	var bits uint32
-	why := "its checks succeed"
-	for _, c := range s.checks {
-		if !c.up {
-			bits = isDown
-			why = fmt.Sprintf("check=%s: %v", c.how, c.err)
-		}
+	why, bits := s.failing(""), isDown
+	if why == "" {
+		bits, why = 0, "its checks succeed"
 	}
 	k.change(s, isDown, bits, why)
 }
@@ -249,9 +261,9 @@ func (c *check) encrypted(ctx context.Context, conn net.Conn, p starttls.Protoco
 // tlsConfig takes any certificate: whether it is accepted is for the connections to say, that carry something. A backend
 // whose certificate is wrong is not down, and to call it that would hide what is wrong.
 func (c *check) tlsConfig() *tls.Config {
-	config := &tls.Config{InsecureSkipVerify: true}
-	if _, err := netip.ParseAddr(c.host); err != nil && c.host != "" {
-		config.ServerName = strings.TrimSuffix(c.host, ".")
+	config := &tls.Config{InsecureSkipVerify: true, ServerName: c.name} // which is not sent if it is an address
+	if c.encryption != nil {
+		config.GetClientCertificate = c.encryption.show
 	}
 	return config
 }
@@ -268,7 +280,7 @@ func probeHTTP(ctx context.Context, conn net.Conn, c *check) error {
 		}
 		conn = encrypted
 	}
-	host := or(c.host, "localhost")
+	host := or(c.name, "localhost")
 	if strings.Contains(host, ":") {
 		host = "[" + host + "]"
 	}

@@ -35,7 +35,7 @@ type edge struct {
 var buildDir string
 
 func TestMain(m *testing.M) {
-	code := m.Run()
+	code := runAll(m)
 	if buildDir != "" {
 		_ = os.RemoveAll(buildDir)
 	}
@@ -278,7 +278,7 @@ func TestIdleConnectionsCostLittle(t *testing.T) {
 // TestHalfHellosCostLittle: 10,000 clients that say half of their hello cost at most 3 KiB each, and all of them are
 // gone at the hello timeout.
 func TestHalfHellosCostLittle(t *testing.T) {
-	const n, limit, timeout = 10_000, 3 << 10, 10 * time.Second
+	const n, limit, timeout = 10_000, 3 << 10, 6 * time.Second
 	needDescriptors(t, n+500)
 	e := runEdge(t, ":{0} edge.test -> "+echoServer(t), "LOOPS=2", "MAX_CONNS=12000", "HELLO_TIMEOUT="+timeout.String())
 	hello := clientHello(t, nil)

@@ -55,6 +55,7 @@ type dialling struct {
 
 	talk       *talk // with a backend that speaks before TLS
 	introduced bool  // the PROXY header has gone
+	early      int   // bytes that have gone with the SYN (fastopen=): of the PROXY header, or else of what the client has sent
 }
 
 const (
@@ -102,7 +103,7 @@ func (c *conn) unanswered(why string) stage {
 func (c *conn) nextBackend(why string) stage {
 	d := c.dial
 	d.failed(why)
-	if d.talk != nil && d.talk.passed {
+	if d.passed() {
 		return c.unconnected(ConnectFailed, strings.Join(d.errs, "; "))
 	}
 	d.talk, d.introduced = nil, false
@@ -282,7 +283,11 @@ func (d *dialling) take(c *conn) bool {
 //	socket, setsockopt(TCP_NODELAY), setsockopt(TCP_QUICKACK), connect -> EINPROGRESS, epoll_ctl
 func (c *conn) openSocket(d *dialling) error {
 	s := &c.backend
-	fd, err := d.socket(c, d.server)
+	early := c.earlyWords(d)
+	fd, err := d.socket(c, d.server, len(early) > 0)
+	if d.early = 0; err == nil && len(early) > 0 {
+		d.early, err = sendEarly(fd, early)
+	}
 	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		return err
 	}
@@ -293,8 +298,34 @@ func (c *conn) openSocket(d *dialling) error {
 	return err
 }
 
-// socket makes a socket and tells it to connect to a server; nil is the demo.
-func (d *dialling) socket(c *conn, to *server) (int32, error) {
+// earlyWords are what a server hears at once, where the rule has them go with the SYN: only those who have something to say
+// may let it wait.
+func (c *conn) earlyWords(d *dialling) []byte {
+	switch b := d.backend; {
+	case c.route.outbound == nil || !c.route.outbound.fastOpen || d.server == nil || d.server.unix != "":
+		return nil
+	case c.route.proxy != natmap.ProxyOff:
+		return c.proxyHeader()
+	case b.spec.TLS || b.speaks != starttls.Off:
+		return nil
+	}
+	return c.pending
+}
+
+// sendEarly says the first words on a socket whose SYN waits for them (TCP_FASTOPEN_CONNECT), and how many of them the SYN
+// has taken. Whether anybody is there is not known before that.
+func sendEarly(fd int32, b []byte) (int, error) {
+	n, e := sysWrite(fd, b)
+	if e != 0 && e != unix.EINPROGRESS {
+		_ = unix.Close(int(fd))
+		return 0, e
+	}
+	return max(n, 0), unix.EINPROGRESS
+}
+
+// socket makes a socket and tells it to connect to a server; nil is the demo. Where it is early, and there is a cookie, the
+// SYN waits for the first bytes.
+func (d *dialling) socket(c *conn, to *server, early bool) (int32, error) {
 	if to == nil {
 		fd, e := c.loop.gw.demo.connect()
 		if e != 0 {
@@ -310,18 +341,13 @@ func (d *dialling) socket(c *conn, to *server) (int32, error) {
 	for tried := 1; ; tried++ {
 		fd, err := connectTo(family, out.protocol(), sa, func(fd int) error {
 			setNodelay(int32(fd)) // keepalive comes with the first silence: park
-			delayAcks(int32(fd))  // that of the connection itself goes with the first request
-			return out.begin(fd, family, c.report.source.Addr(), c.speaksFirst(d.spot.backend))
+			delayAcks(int32(fd))  // that of the connection itself goes with the first request, or see ackNow
+			return out.begin(fd, family, c.report.source.Addr(), early)
 		})
 		if !out.again(err, tried) {
 			return fd, err
 		}
 	}
-}
-
-// speaksFirst says whether a backend hears something at once: only then may its SYN wait for it.
-func (c *conn) speaksFirst(b *backend) bool {
-	return c.route.proxy != natmap.ProxyOff || len(c.pending) > 0 && (!b.speaks.Greets() || b.inside)
 }
 
 func connectTo(family, protocol int, sa unix.Sockaddr, prepare func(fd int) error) (int32, error) {
@@ -433,7 +459,7 @@ func (c *conn) race() {
 	if s == nil || !s.usable() || !s.reserve(c.route.maxConns) {
 		return
 	}
-	fd, err := d.socket(c, s)
+	fd, err := d.socket(c, s, false)
 	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		s.open.Add(-1)
 		return
@@ -462,6 +488,7 @@ func (c *conn) endRace() {
 func (c *conn) takeRival() {
 	d := c.dial
 	rival, s := d.rival, d.rivalServer
+	d.early = 0
 	d.rival, d.rivalServer = socket{fd: -1, owner: c}, nil
 	c.hangUp()
 	c.backend, c.server, d.server = rival, s, s

@@ -145,6 +145,7 @@ func (l *load) bye(t *testing.T, c net.Conn, tcp *net.TCPConn) {
 // TestDrainEndsSomeTime: what is still open is cut, with outcome drained, at the deadline, with a second SIGTERM, or at
 // once with SIGQUIT, wherever it is in its story.
 func TestDrainEndsSomeTime(t *testing.T) {
+	beside(t)
 	const deadline = 2 * time.Second
 	for name, c := range map[string]struct {
 		signals  []syscall.Signal

@@ -220,7 +220,7 @@ func newEncrypter(c *conn) *encrypter {
 	h.wire.begin(c.loop, &c.backend, nil)
 	h.wire.toBackend = true
 	if !d.introduced {
-		h.wire.preface = c.proxyHeader()
+		h.wire.preface = c.proxyHeader()[d.early:]
 	}
 	return h
 }

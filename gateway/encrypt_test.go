@@ -53,6 +53,7 @@ func (b *bed) reverse(t testing.TB, i int) logLine {
 
 // TestOpenSSLBackendOverEverySuite: in both versions, with and without a certificate for it.
 func TestOpenSSLBackendOverEverySuite(t *testing.T) {
+	beside(t)
 	root := pki(t).rootFile(t)
 	for i, s := range suites {
 		t.Run(s.String(), func(t *testing.T) {
@@ -89,6 +90,7 @@ func (b *bed) disappoint(t testing.TB, i int) (logLine, error) {
 // TestBackendThatWantsACertificateSaysSo: without one the alert is told apart from an unreachable backend. In TLS 1.3 it
 // comes after the handshake.
 func TestBackendThatWantsACertificateSaysSo(t *testing.T) {
+	beside(t)
 	root := pki(t).rootFile(t)
 	for version, want := range map[string]logLine{
 		"-tls1_2": {Outcome: "connect_failed"},
@@ -105,6 +107,7 @@ func TestBackendThatWantsACertificateSaysSo(t *testing.T) {
 
 // TestNginxResumesSessions of TLS 1.2 and 1.3, says nginx, and it hears the right name.
 func TestNginxResumesSessions(t *testing.T) {
+	beside(t)
 	web := nginx(t)
 	for version, addr := range map[string]string{"TLSv1.2": web.seen12, "TLSv1.3": web.seen13} {
 		b := start(t, ":{0} -> tls://"+addr+" mode=tcp backend-ca=root backend-name=a.wild.test\n"+
@@ -163,6 +166,7 @@ func TestALPNIsOfferedToTheBackend(t *testing.T) {
 
 // TestBackendIsVerified: why it is not accepted stands in the line, and the next one is tried.
 func TestBackendIsVerified(t *testing.T) {
+	beside(t)
 	a := pki(t)
 	good := a.leaves["edge-ecdsa"].certificate(a)
 	expired, err := issue(a.middle, "expired", ecdsaKey, "edge.test")
@@ -301,6 +305,7 @@ func (id *identity) signedBy(by *identity) (*identity, error) {
 
 // TestClientThatLeavesWhileABackendShakesHandsIsLetGo at once, and a drain does not wait either.
 func TestClientThatLeavesWhileABackendShakesHandsIsLetGo(t *testing.T) {
+	beside(t)
 	seen := make(chan struct{}, 2)
 	silent := serve(t, func(c *net.TCPConn) {
 		_, _ = c.Read(make([]byte, 100))
@@ -392,6 +397,7 @@ func serverPenman(t testing.TB, raw *net.TCPConn, version uint16) *penman {
 // TestViolationByABackendIsAnsweredWithItsAlert: the backend sees why, the client has what came before and then a
 // reset, and the line says whose fault it was.
 func TestViolationByABackendIsAnsweredWithItsAlert(t *testing.T) {
+	beside(t)
 	x := newCrossing(t)
 	for _, w := range ways {
 		for name, v := range violations {

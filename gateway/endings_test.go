@@ -57,7 +57,8 @@ func newCrossing(t testing.TB, settings ...string) *crossing {
 	x.bed = start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} edge.test -> %[1]s mode=pass\n:{2} -> %[1]s mode=tcp\n"+
 		":{3} -> tls://%[2]s mode=tcp %[4]s\n:{4} -> tls://%[3]s mode=tcp %[4]s\n"+
 		":{5} edge.test -> tls://%[2]s %[4]s\n:{6} edge.test -> tls://%[3]s %[4]s", plain, tls12, tls13, how),
-		append(settings, "BACKEND_CAS="+filepath.Dir(pki(t).rootFile(t)))...)
+		append([]string{"CONNECT_TIMEOUT=1m", "HELLO_TIMEOUT=1m", // whoever shakes hands here may be starved, and is not dead
+			"BACKEND_CAS=" + filepath.Dir(pki(t).rootFile(t))}, settings...)...)
 	return x
 }
 
@@ -384,6 +385,7 @@ var endings = []struct {
 // client that speaks TLS sees just that; one that does not sees a reset. The other way round a TLS backend sees what
 // its client did.
 func TestTruncationIsNoEnd(t *testing.T) {
+	beside(t)
 	x := newCrossing(t)
 	for _, w := range ways {
 		if w.backend == 0 {
@@ -485,28 +487,32 @@ func (c slowConn) Read(p []byte) (int, error) { return (&slowReader{c.Conn, 16 <
 // TestEndsAreCarriedOver: data complete, FIN as FIN, RST as RST, and the outcome in the log, on every way through the
 // gateway, whoever begins.
 func TestEndsAreCarriedOver(t *testing.T) {
-	x := newCrossing(t)
+	beside(t)
 	for _, w := range ways {
-		for _, c := range endings {
-			for i, who := range []string{"client", "backend"} {
-				if near := [2]uint16{w.tls, w.backend}[i]; c.onlyTLS && near == 0 || c.cutShort && w.backend != 0 {
-					continue
+		t.Run(w.name, func(t *testing.T) {
+			beside(t)
+			x := newCrossing(t)
+			for _, c := range endings {
+				for i, who := range []string{"client", "backend"} {
+					if near := [2]uint16{w.tls, w.backend}[i]; c.onlyTLS && near == 0 || c.cutShort && w.backend != 0 {
+						continue
+					}
+					t.Run(c.name+"/"+who, func(t *testing.T) {
+						client, backend := x.cross(t, w)
+						if i == 0 {
+							c.act(t, client, backend)
+						} else {
+							c.act(t, backend, client)
+						}
+						_, _ = client.tcp.Close(), backend.tcp.Close()
+						l := x.lineOf(t, client.tcp)
+						if l.Outcome != c.outcomes[i] {
+							t.Errorf("want %s: %s", c.outcomes[i], l)
+						}
+					})
 				}
-				t.Run(w.name+"/"+c.name+"/"+who, func(t *testing.T) {
-					client, backend := x.cross(t, w)
-					if i == 0 {
-						c.act(t, client, backend)
-					} else {
-						c.act(t, backend, client)
-					}
-					_, _ = client.tcp.Close(), backend.tcp.Close()
-					l := x.lineOf(t, client.tcp)
-					if l.Outcome != c.outcomes[i] {
-						t.Errorf("want %s: %s", c.outcomes[i], l)
-					}
-				})
 			}
-		}
+		})
 	}
 }
 
@@ -540,6 +546,7 @@ func TestEndBehindTheHelloIsCarriedOver(t *testing.T) {
 
 // TestClientThatLeavesWhileABackendIsSoughtIsLetGo at once, not when the search is over.
 func TestClientThatLeavesWhileABackendIsSoughtIsLetGo(t *testing.T) {
+	beside(t)
 	b := start(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} -> %[1]s mode=tcp", silentServer(t, "127.0.0.1:0")), "CONNECT_TIMEOUT=40s")
 	for i, mode := range []string{"terminate", "tcp"} {
 		t.Run(mode, func(t *testing.T) {
@@ -651,8 +658,8 @@ func TestSlowReaderBoundsMemory(t *testing.T) {
 					})
 				}
 				for i, b := range backends {
-					waitStuck(t, b)
-					if n := sent[i].Load(); n >= size || unsentBytes(t, b.tcp) == 0 {
+					until(t, "it is stuck", func() bool { waitStuck(t, b); return unsentBytes(t, b.tcp) > 0 })
+					if n := sent[i].Load(); n >= size {
 						t.Errorf("after %d bytes it should be stuck", n)
 					}
 				}
@@ -872,6 +879,22 @@ func (c *conversation) side(seed uint64) side {
 	return s
 }
 
+// known is what the gateway knows of a client's connection, whether it is over or not.
+func (x *crossing) known(t testing.TB, client net.Conn) string {
+	peer := client.LocalAddr().String()
+	for _, l := range x.log.all() {
+		if l.Peer == peer {
+			return l.text
+		}
+	}
+	for _, c := range x.conns(t, 10_000) {
+		if c.Peer.String() == peer {
+			return fmt.Sprintf("%+v", c)
+		}
+	}
+	return "nothing is known of " + peer
+}
+
 func (c *conversation) run(t *testing.T, x *crossing, m *meeting) error {
 	w := ways[c.rng.IntN(len(ways))]
 	up, down := c.side(uint64(2*c.number)), c.side(uint64(2*c.number+1))
@@ -895,7 +918,7 @@ func (c *conversation) run(t *testing.T, x *crossing, m *meeting) error {
 	select {
 	case backend = <-m.at(uint64(c.number)):
 	case <-time.After(patience):
-		return errors.New("it did not reach the backend")
+		return errors.New("it did not reach the backend: " + x.known(t, client.tcp))
 	}
 	results := make(chan error, 2)
 	go func() { results <- up.talk(t, client, down, fin) }()

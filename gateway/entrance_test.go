@@ -32,8 +32,10 @@ func knock(t testing.TB, from, to string, says ...byte) error {
 		return err // the reset can be there before the dialler has looked
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	if _, err := c.Write(says); len(says) > 0 && err != nil {
-		return err
+	if len(says) > 0 { // writing nothing would take the reset away from the read
+		if _, err := c.Write(says); err != nil {
+			return err
+		}
 	}
 	_ = c.SetReadDeadline(time.Now().Add(patience))
 	_, err = c.Read(make([]byte, 1))
@@ -110,6 +112,7 @@ func TestRuleOfTheNameDecides(t *testing.T) {
 
 // TestFloodOfRefusalsIsCountedNotLogged: a line and a count for each loop; the counters are exact, and so is the count.
 func TestFloodOfRefusalsIsCountedNotLogged(t *testing.T) {
+	beside(t)
 	const n = 500
 	b := start(t, ":{0} edge.test -> "+echoServer(t)+" deny=127.0.0.66")
 	for range n {
@@ -161,6 +164,29 @@ func TestHellosThatFailDoNotFillTheLog(t *testing.T) {
 	}
 	if lines != 100 || counted != 50 {
 		t.Errorf("%d lines, %d counted", lines, counted)
+	}
+}
+
+// TestDeadPoolDoesNotFillTheLog: nor do those that nobody is there for.
+func TestDeadPoolDoesNotFillTheLog(t *testing.T) {
+	const n = 300
+	b := start(t, ":{0} -> "+refusing(t)+" mode=tcp retries=off eject=1", "LOOPS=1")
+	for range n {
+		_ = knock(t, "127.0.0.1", b.addr(0))
+	}
+	until(t, "all are told of", func() bool {
+		s := b.gateway.Status()
+		return s.Connections.Outcomes["connect_failed"]+s.Connections.Outcomes["no_backend"] == n
+	})
+	b.stop(t)
+	lines := 0
+	for _, l := range b.log.all() {
+		if l.Outcome == "no_backend" && l.Count == 0 {
+			lines++
+		}
+	}
+	if lines != 100 {
+		t.Errorf("%d lines, want 100", lines)
 	}
 }
 
@@ -434,6 +460,7 @@ func drink(c net.Conn, n *atomic.Int64) {
 
 // TestSlowBandwidthDeliversAll: a few kilobytes at the lowest rates, and the end of the stream after them.
 func TestSlowBandwidthDeliversAll(t *testing.T) {
+	beside(t)
 	b := start(t, fmt.Sprintf("default bandwidth=10KB/s\n:{0} edge.test -> %s\n:{1} -> %[1]s mode=tcp", echoServer(t)))
 	data := random(3, 8<<10)
 	var all sync.WaitGroup
@@ -526,7 +553,8 @@ func TestFloodFromOneAddressLeavesOthersAlone(t *testing.T) {
 	}
 }
 
-// The attacker is a process of its own, and a nice one: on its machine it would not compete with the edge for a core.
+// The attacker is a process of its own, and a humble one (SCHED_IDLE): on its machine it would not compete with the edge
+// for a core.
 const floodVariable = "FLOOD"
 
 func init() {
@@ -534,7 +562,7 @@ func init() {
 	if _, err := fmt.Sscan(os.Getenv(floodVariable), &port, &n); err != nil {
 		return
 	}
-	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, 19)
+	_ = unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}, 0)
 	to := unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}
 	for range n {
 		fling(&to)
@@ -589,6 +617,7 @@ func TestReloadDoesNotCountFromZero(t *testing.T) {
 
 // TestWatchSeesLists: a list that changes is read again; with a mistake in it nothing changes, until that is mended.
 func TestWatchSeesLists(t *testing.T) {
+	beside(t)
 	list := writeFile(t, "block.txt", []byte("192.0.2.0/24\n"))
 	b := start(t, ":{0} -> "+echoServer(t)+" mode=tcp deny=@"+list, "WATCH=on")
 	write := func(text string, done func(gateway.Status) bool) {

@@ -80,6 +80,15 @@ func (c *conn) queueHandshake() stage {
 	return c.stage
 }
 
+// awaitTurn waits for the turn. A client that resets its connection meanwhile costs no handshake.
+func (c *conn) awaitTurn() stage {
+	if c.client.failed != 0 {
+		c.loop.queue.remove(c)
+		return c.finish(ClientReset, "reset while it waited to shake hands")
+	}
+	return waitingTurn
+}
+
 // terms is what a handshake needs to know of the hello that led to it.
 type terms struct {
 	entry  *certs.Entry

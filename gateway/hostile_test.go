@@ -33,6 +33,7 @@ import (
 
 // TestHelloInAnyShapeIsRead: however a hello is cut into segments and records, and however long it is.
 func TestHelloInAnyShapeIsRead(t *testing.T) {
+	beside(t)
 	backend := serve(t, func(c *net.TCPConn) {
 		s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{pki(t).leaves["edge-ecdsa"].certificate(pki(t))}})
 		_, _ = io.Copy(s, s)
@@ -162,6 +163,7 @@ func TestWhatIsNoHelloIsRefused(t *testing.T) {
 
 // TestSlowHelloIsClosed at HELLO_TIMEOUT, whether the client is silent or drips.
 func TestSlowHelloIsClosed(t *testing.T) {
+	beside(t)
 	const timeout = 700 * time.Millisecond
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "HELLO_TIMEOUT="+timeout.String(), "PROXY_FROM=127.0.0.9")
 	hello := clientHello(t, nil)
@@ -294,6 +296,7 @@ func TestProxyHeaderInManySegmentsIsRead(t *testing.T) {
 
 // TestBrokenHandshakeIsTold: each way not to finish a handshake has its outcome, stage and words.
 func TestBrokenHandshakeIsTold(t *testing.T) {
+	beside(t)
 	const timeout = time.Second
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "HELLO_TIMEOUT="+timeout.String())
 	// saidHello leaves the client where it has the server's first flight.
@@ -493,6 +496,7 @@ func violate(t *testing.T, b *bed, p *penman, got *testimony, v violation, toget
 
 // TestDataBeforeAViolationReachesASlowBackend: what it has not taken yet when the client breaks the protocol.
 func TestDataBeforeAViolationReachesASlowBackend(t *testing.T) {
+	beside(t)
 	backend, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -634,7 +638,7 @@ func TestConnectionsBeyondMaxConnsAreTurnedAway(t *testing.T) {
 	exchange(t, b.dialTLS(t, 0, nil), []byte("room again"))
 }
 
-// TestOldestHelloIsShed when more hellos wait than TLSNAT_HANDSHAKES.
+// TestOldestHelloIsShed when more hellos wait than TLSNAT_HANDSHAKES; and one whose client has left has no turn.
 func TestOldestHelloIsShed(t *testing.T) {
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=2", "LOOPS=1")
 	hello := clientHello(t, nil)
@@ -661,13 +665,15 @@ func TestOldestHelloIsShed(t *testing.T) {
 	if l := b.lineOf(t, waiting[0]); l.Outcome != "limited" || l.Stage != "handshake_queue" || l.SNI != "edge.test" {
 		t.Errorf("line: %s", l)
 	}
+	reset(waiting[1])
+	b.lineOf(t, waiting[1]).expect(t, logLine{Outcome: "client_reset", Stage: "handshake_queue"})
 	for _, s := range busy {
 		close(s.resume)
 		if err := <-s.done; err != nil {
 			t.Error(err)
 		}
 	}
-	for _, c := range waiting[1:] {
+	for _, c := range waiting[2:] {
 		if _, err := io.ReadFull(c, make([]byte, 600)); err != nil {
 			t.Errorf("one that waited for its turn: %v", err)
 		}

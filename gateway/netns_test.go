@@ -154,10 +154,10 @@ func TestBackendSeesTheClientsAddress(t *testing.T) {
 	}
 }
 
-// TestFirstBytesGoWithTheSYN: to a backend that has given out a cookie (RFC 7413).
-func TestFirstBytesGoWithTheSYN(t *testing.T) {
-	n := newNetwork(t)
-	l := within(t, n.edge, func() (net.Listener, error) {
+// listenFastOpen listens on the machine in the middle, and takes data with the SYN.
+func (n *network) listenFastOpen(t testing.TB, at string) net.Listener {
+	t.Helper()
+	return within(t, n.edge, func() (net.Listener, error) {
 		if err := os.WriteFile("/proc/sys/net/ipv4/tcp_fastopen", []byte("3"), 0o600); err != nil {
 			return nil, err
 		}
@@ -165,8 +165,14 @@ func TestFirstBytesGoWithTheSYN(t *testing.T) {
 			return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN, 16) }), err)
 		}}
 		config.SetMultipathTCP(false)
-		return config.Listen(t.Context(), "tcp", "127.0.0.1:8080")
+		return config.Listen(t.Context(), "tcp", at)
 	})
+}
+
+// TestFirstBytesGoWithTheSYN: to a backend that has given out a cookie (RFC 7413).
+func TestFirstBytesGoWithTheSYN(t *testing.T) {
+	n := newNetwork(t)
+	l := n.listenFastOpen(t, "127.0.0.1:8080")
 	serveOn(t, l, func(c net.Conn) { echo(c.(*net.TCPConn)) })
 	cmd, ports := edgeCommand(t, ":{0} -> 127.0.0.1:8080 mode=tcp proxy=v1 fastopen=on", nil, "ip", "netns", "exec", n.edge)
 	e := startEdge(t, cmd, ports)
@@ -211,6 +217,48 @@ func TestFirstBytesComeWithTheSYN(t *testing.T) {
 	}
 	counters := within(t, n.edge, func() ([]byte, error) { return os.ReadFile("/proc/thread-self/net/netstat") })
 	if taken := counter(t, string(counters), "TCPFastOpenPassive"); taken == 0 {
+		t.Error("no SYN had data")
+	}
+}
+
+// TestFastOpenFailsOver: that the kernel takes bytes for a backend with a cookie says nothing about whether it is there.
+func TestFastOpenFailsOver(t *testing.T) {
+	n := newNetwork(t)
+	doomed, other := n.listenFastOpen(t, "127.0.0.2:8080"), n.listenFastOpen(t, "127.0.0.3:8080")
+	for _, l := range []net.Listener{doomed, other} {
+		serveOn(t, l, func(c net.Conn) { echo(c.(*net.TCPConn)) })
+	}
+	cmd, ports := edgeCommand(t, ":{0} -> 127.0.0.2:8080 127.0.0.3:8080 mode=tcp proxy=v1 fastopen=on; "+
+		":{1} edge.test -> 127.0.0.2:8080 127.0.0.3:8080 mode=pass fastopen=on", []string{"LOOPS=1"}, "ip", "netns", "exec", n.edge)
+	e := startEdge(t, cmd, ports)
+	hello := clientHello(t, nil)
+	ask := func(i int) logLine {
+		c := within(t, n.client, func() (net.Conn, error) { return net.Dial("tcp", fmt.Sprintf("10.77.1.1:%d", e.ports[i])) })
+		_ = c.SetDeadline(time.Now().Add(patience))
+		says, want := "hello", fmt.Sprintf("PROXY TCP4 10.77.1.2 10.77.1.1 %s %d\r\nhello", portOf(c.LocalAddr().String()), e.ports[i])
+		if i == 1 {
+			says, want = string(hello), string(hello)
+		}
+		_, _ = io.WriteString(c, says)
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+			t.Errorf("%q, %v; want %q", got, err, want)
+		}
+		_ = c.Close()
+		return e.lineOf(t, c)
+	}
+	for range 4 {
+		ask(0) // for the cookies
+	}
+	_ = doomed.Close()
+	for i := range 2 {
+		for range 4 {
+			ask(i).expect(t, logLine{Outcome: "ok", Backend: "127.0.0.3:8080"})
+		}
+	}
+	e.becomes(t, "127.0.0.2:8080", "ejected")
+	counters := within(t, n.edge, func() ([]byte, error) { return os.ReadFile("/proc/thread-self/net/netstat") })
+	if opened := counter(t, string(counters), "TCPFastOpenActive"); opened == 0 {
 		t.Error("no SYN had data")
 	}
 }

@@ -21,7 +21,7 @@ func connected(t *testing.T, at, options string) (c *conn, backend *net.TCPConn)
 	defer l.Close()
 	c = chooser(t, fmt.Sprintf(":1 -> %s mode=tcp %s", l.Addr(), options))
 	connect := func() int32 {
-		fd, err := (&dialling{spot: &c.route.choices.Load().primary[0]}).socket(c, c.servers()[0])
+		fd, err := (&dialling{spot: &c.route.choices.Load().primary[0]}).socket(c, c.servers()[0], false)
 		if err != nil && err != unix.EINPROGRESS {
 			t.Fatal(err)
 		}

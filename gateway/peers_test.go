@@ -113,6 +113,7 @@ func (b *bed) sClient(t testing.TB, i int, args ...string) string {
 }
 
 func TestOpenSSLOverEverySuiteAndGroup(t *testing.T) {
+	beside(t)
 	groups := []struct{ openssl, shown, logged string }{
 		{"X25519:P-256", "X25519", "X25519"}, // in TLS 1.2 the list is that of the certificate's curve as well
 		{"P-256", "prime256v1", "P-256"},
@@ -151,6 +152,7 @@ func (b *bed) curl(t testing.TB, i int, name string, args ...string) *exec.Cmd {
 }
 
 func TestCurlOverEverySuite(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} edge.test *.wild.test -> demo")
 	for i, s := range suites {
 		name := []string{"edge.test", "a.wild.test"}[i%2]
@@ -173,6 +175,7 @@ func TestCurlOverEverySuite(t *testing.T) {
 // TestOpenSSLResumes: with the ticket of the session before, three times in a row, since a ticket that a resumed
 // session brings has to be as good as the first.
 func TestOpenSSLResumes(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} edge.test -> "+serve(t, answerer))
 	for _, s := range suites {
 		t.Run(s.String(), func(t *testing.T) {
@@ -352,6 +355,7 @@ func chromiumArgs(t testing.TB, url string) []string {
 }
 
 func TestChromium(t *testing.T) {
+	beside(t)
 	chromium := program(t, "chromium", "chromium")
 	page := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/html")
@@ -626,6 +630,32 @@ func TestServerSpeaksFirst(t *testing.T) {
 	}
 }
 
+// TestGreetingIsNotWaitedFor: a backend that speaks first hears of its connection at once, not when the kernel has lost
+// its patience with the acknowledgement that could go along with data (200 ms).
+func TestGreetingIsNotWaitedFor(t *testing.T) {
+	backend := mailScript.serve(t)
+	b := start(t, fmt.Sprintf(":{0} -> %[1]s mode=tcp\n:{1} edge.test -> %[1]s\n:{2} edge.test -> %[1]s starttls=smtp", backend))
+	for name, greet := range map[string]func(){
+		"tcp":       func() { _, _ = b.dial(t, 0).Read(make([]byte, 1)) },
+		"terminate": func() { _, _ = b.dialTLS(t, 1, nil).Read(make([]byte, 1)) },
+		"starttls": func() {
+			c := b.dial(t, 2)
+			say(t, c, "STARTTLS\r\n", "220 edge.test ESMTP\r\n"+tlsAnswer)
+			say(t, tls.Client(c, clientConfig(t, nil)), "EHLO me\r\n", mailScript.answers["EHLO"])
+		},
+	} {
+		best := patience
+		for range 5 {
+			began := time.Now()
+			greet()
+			best = min(best, time.Since(began))
+		}
+		if best > 150*time.Millisecond {
+			t.Errorf("%s: the quickest of five greetings came after %v", name, best)
+		}
+	}
+}
+
 // postgres runs a server with an empty database, as the user that it demands not to be root, and returns its port.
 // Settings are written KEY=VALUE; a VALUE in PEM becomes the path of a file with it.
 func postgres(t testing.TB, settings ...string) string {
@@ -702,6 +732,7 @@ func unprivileged(t testing.TB, dir string) *syscall.Credential {
 }
 
 func TestPostgreSQLBehindTCP(t *testing.T) {
+	beside(t)
 	psql := program(t, "psql", "postgresql-client")
 	port := postgres(t)
 	rows := 400_000
@@ -1041,6 +1072,7 @@ func TestLoadBalancerProbesAreNoErrors(t *testing.T) {
 
 // TestProxyHeaderFromStrangersIsRefused: and not taken for a hello. A port whose bytes are not looked at carries it.
 func TestProxyHeaderFromStrangersIsRefused(t *testing.T) {
+	beside(t)
 	for _, settings := range [][]string{nil, {"PROXY_FROM=10.0.0.0/8,192.0.2.0/24"}} {
 		b := start(t, ":{0} edge.test -> demo\n:{1} -> "+echoServer(t)+" mode=tcp", settings...)
 		for _, header := range [][]byte{proxyHeader(t, 1, proxySource, proxyTarget), proxyHeader(t, 2, proxySource, proxyTarget), localHeader(t)} {
@@ -1062,6 +1094,7 @@ func TestProxyHeaderFromStrangersIsRefused(t *testing.T) {
 
 // TestTrustedAddressHasToSendAHeader: one that is whole and right, before the hello's time-out.
 func TestTrustedAddressHasToSendAHeader(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} edge.test -> demo\n:{1} -> "+echoServer(t)+" mode=tcp", "PROXY_FROM=127.0.0.1", "HELLO_TIMEOUT=1s")
 	v2 := proxyHeader(t, 2, proxySource, proxyTarget)
 	changed := func(at int, to byte) []byte {
@@ -1388,6 +1421,7 @@ func TestTurnsFollowWeights(t *testing.T) {
 
 // TestNextBackendIsTried: when one refuses, and only when all the others have does a backup get work.
 func TestNextBackendIsTried(t *testing.T) {
+	beside(t)
 	living := named(t, "living")
 	b := start(t, fmt.Sprintf(":{0} -> %s %s %s/backup mode=tcp\n:{1} -> %s %s %s/backup mode=tcp\n:{2} edge.test -> %s %s/backup",
 		refusing(t), living, named(t, "backup"), refusing(t), refusing(t), named(t, "backup"), refusing(t), refusing(t)))
@@ -1415,6 +1449,7 @@ func TestNextBackendIsTried(t *testing.T) {
 
 // TestSilentBackendIsGivenUp: one that doesn't answer at all gets its part of the time, and the next one is tried.
 func TestSilentBackendIsGivenUp(t *testing.T) {
+	beside(t)
 	silent := silentServer(t, "127.0.0.1:0")
 	b := start(t, fmt.Sprintf(":{0} -> %s %s/backup mode=tcp connect=2s", silent, named(t, "living")))
 	said, l := b.visit(t, 0)
@@ -1493,6 +1528,7 @@ func TestUnixSocketBackend(t *testing.T) {
 
 // TestPortsAreTranslated: ranges that go along, distances, and the same port at another address.
 func TestPortsAreTranslated(t *testing.T) {
+	beside(t)
 	ports := freePorts(t, 9)
 	for _, port := range ports[3:6] {
 		for _, addr := range []string{"127.0.0.1", "127.0.0.2"} {

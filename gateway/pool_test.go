@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strings"
@@ -205,6 +207,46 @@ func TestKilledBackendCostsOnlyItsConnections(t *testing.T) {
 	t.Logf("%d connections, %d cut with their backend", good, onIt)
 }
 
+// TestThousandsFollowTheWeights: what is chosen is what is connected to, over two loops. Of connections that stay the one
+// with the fewest is found on whichever loop (TestConnectionsFollowTheWeights is about a hundred thousand choices).
+func TestThousandsFollowTheWeights(t *testing.T) {
+	beside(t)
+	const n = 2000
+	weights := []int{5, 3, 1, 1}
+	for balance, stay := range map[string]bool{"round-robin": false, "least-conn": true} {
+		t.Run(balance, func(t *testing.T) {
+			rule := ":{0} ->"
+			var all []*mortal
+			for _, w := range weights {
+				m := newMortal(t, func(c *net.TCPConn) {
+					_, _ = io.WriteString(c, ".")
+					_, _ = io.Copy(io.Discard, c)
+				})
+				rule, all = rule+fmt.Sprintf(" %s/weight=%d", m.addr, w), append(all, m)
+			}
+			b := start(t, rule+" mode=tcp balance="+balance)
+			conns := crowd(t, n, func() (net.Conn, error) {
+				c, err := net.DialTimeout("tcp", b.addr(0), patience)
+				if err == nil {
+					_, err = io.ReadFull(c, make([]byte, 1))
+				}
+				if err == nil && !stay {
+					err = c.Close()
+				}
+				return c, err
+			})
+			for i, w := range weights {
+				got, want := float64(all[i].accepted.Load()), float64(n*w)/10
+				if math.Abs(got-want) > 0.02*want {
+					t.Errorf("of weight %d: %.0f connections, want %.0f give or take 2 %%", w, got, want)
+				}
+			}
+			closeAll(conns)
+			b.stop(t)
+		})
+	}
+}
+
 // TestDrainedBackendComesToZero: it gets no new connections, keeps those it has, and is used again when it is told so.
 func TestDrainedBackendComesToZero(t *testing.T) {
 	drained, other := newMortal(t, echo), newMortal(t, echo)
@@ -288,6 +330,7 @@ func TestConnectionsWaitForRoom(t *testing.T) {
 
 // TestWaitingHasAnEnd: by the time of queue=, by the client, and by the end of the gateway.
 func TestWaitingHasAnEnd(t *testing.T) {
+	beside(t)
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp max-conns=1 queue=2,200ms\n:{1} -> %s mode=tcp max-conns=1 queue=2,1h", echoServer(t), echoServer(t)))
 	for i := range 2 {
 		exchange(t, b.dial(t, i), random(1, 100))
@@ -312,6 +355,7 @@ func TestWaitingHasAnEnd(t *testing.T) {
 // TestDeadPoolAnswersAtOnce: once it's known that nobody is there clients don't wait to hear it, and the gateway itself
 // finds out when somebody is there again.
 func TestDeadPoolAnswersAtOnce(t *testing.T) {
+	beside(t)
 	backend := newMortal(t, sayer("alive"))
 	backend.kill()
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp", backend.addr))
@@ -333,6 +377,7 @@ func TestDeadPoolAnswersAtOnce(t *testing.T) {
 
 // TestRestartIsBridged: a backend that is away for less time than the retries take costs no client anything.
 func TestRestartIsBridged(t *testing.T) {
+	beside(t)
 	backend := newMortal(t, sayer("alive"))
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp retries=10 eject=off connect=30s", backend.addr))
 	backend.kill()
@@ -405,6 +450,48 @@ func TestChecksTakeBackendsOutAndIn(t *testing.T) {
 	}
 }
 
+// TestChecksAskAsConnectionsDo: for the name of backend-name=, or the rule's with mode=pass, which many a backend wants to
+// hear, and with the certificate of backend-cert=.
+func TestChecksAskAsConnectionsDo(t *testing.T) {
+	beside(t)
+	a := pki(t)
+	strict := &tls.Config{ClientAuth: tls.RequireAnyClientCert, MaxVersion: tls.VersionTLS12,
+		GetCertificate: func(chi *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			if chi.ServerName != "edge.test" {
+				return nil, fmt.Errorf("there is no %q here", chi.ServerName)
+			}
+			c := a.leaves["edge-ecdsa"].certificate(a)
+			return &c, nil
+		}}
+	asked := make(chan string, 64)
+	lenient := strict.Clone()
+	lenient.ClientAuth = tls.NoClientCert
+	backend := func(config *tls.Config) string {
+		return serve(t, func(c *net.TCPConn) {
+			s := tls.Server(c, config)
+			if r, err := http.ReadRequest(bufio.NewReader(s)); err == nil {
+				asked <- r.Host
+				_, _ = io.WriteString(s, "HTTP/1.1 200 OK\r\n\r\n")
+			}
+		})
+	}
+	one, other, passed := backend(strict), backend(strict), backend(lenient)
+	const how = " mode=tcp backend-ca=root backend-name=edge.test backend-cert=edge.test every=1h check="
+	b := start(t, ":{0} -> tls://"+one+how+"tls\n:{1} -> tls://"+other+how+"http:/\n"+
+		":{2} edge.test -> "+passed+" mode=pass check=tls every=1h", trusting(t))
+	for _, addr := range []string{one, other, passed} {
+		until(t, addr+" is checked", func() bool { return !b.backend(t, addr).Checks[0].At.IsZero() })
+		if i := b.backend(t, addr); !i.Checks[0].Up {
+			t.Errorf("%+v", i)
+		}
+	}
+	if len(asked) > 0 {
+		if host := <-asked; host != "edge.test" {
+			t.Errorf("it is asked for %q", host)
+		}
+	}
+}
+
 // TestFlappingCheckChangesNothing: with fall=2 a check that fails every other time leaves the backend up.
 func TestFlappingCheckChangesNothing(t *testing.T) {
 	var n atomic.Int64
@@ -412,8 +499,8 @@ func TestFlappingCheckChangesNothing(t *testing.T) {
 		_, _ = bufio.NewReader(c).ReadString('\n')
 		fmt.Fprintf(c, "HTTP/1.0 %d \r\n\r\n", 200+303*(n.Add(1)%2-1)*-1)
 	})
-	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp every=100ms fall=2 check=http:/", flapping.addr))
-	until(t, "it was checked a dozen times", func() bool { return n.Load() > 12 })
+	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp every=250ms fall=2 check=http:/", flapping.addr))
+	until(t, "it was checked eight times", func() bool { return n.Load() > 8 })
 	for _, l := range b.log.all() {
 		if l.Backend == flapping.addr {
 			t.Errorf("it changed its state: %s", l)
@@ -423,13 +510,35 @@ func TestFlappingCheckChangesNothing(t *testing.T) {
 
 // TestFirstCheckDecides: a gateway that starts beside a dead backend doesn't send clients there for three rounds.
 func TestFirstCheckDecides(t *testing.T) {
+	beside(t)
 	dead := refusing(t)
 	b := start(t, fmt.Sprintf(":{0} -> %s %s mode=tcp check=tcp every=1h", dead, echoServer(t)))
 	b.becomes(t, dead, "down")
 }
 
+// TestReasonIsThatOfTheState: a backend that was down before an operator drained it is down for the same reason when he is
+// done with it.
+func TestReasonIsThatOfTheState(t *testing.T) {
+	beside(t)
+	dead := refusing(t)
+	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp check=tcp every=1h", dead))
+	b.becomes(t, dead, "down")
+	for _, s := range []struct {
+		order         gateway.BackendOrder
+		state, reason string
+	}{{gateway.DrainBackend, "draining", "an operator has said so"}, {gateway.ReadyBackend, "down", "check=tcp: connection refused"}} {
+		if _, err := b.gateway.OrderBackend(dead, s.order); err != nil {
+			t.Fatal(err)
+		}
+		if i := b.backend(t, dead); i.State != s.state || i.Reason != s.reason {
+			t.Errorf("%s because of %q, want %s because of %q", i.State, i.Reason, s.state, s.reason)
+		}
+	}
+}
+
 // TestSilentBackendFailsItsCheck, and the end of the gateway does not wait for an answer.
 func TestSilentBackendFailsItsCheck(t *testing.T) {
+	beside(t)
 	silent := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	patient := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp check=http:/ every=200ms\n:{1} -> %s mode=tcp check=http:/ every=1h", silent.addr, patient.addr))
@@ -447,6 +556,7 @@ func TestSilentBackendFailsItsCheck(t *testing.T) {
 
 // TestOneCheckForManyRules: however many rules name an address, it is asked as often as the most demanding one wants.
 func TestOneCheckForManyRules(t *testing.T) {
+	beside(t)
 	backend := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	var rules strings.Builder
 	fmt.Fprintf(&rules, ":{0} -> %s mode=tcp check=tcp every=200ms\n", backend.addr)
@@ -463,6 +573,7 @@ func TestOneCheckForManyRules(t *testing.T) {
 
 // TestChecksAreNoClients: where rules send a PROXY header checks send one too, that says so.
 func TestChecksAreNoClients(t *testing.T) {
+	beside(t)
 	heard := make(chan string, 64)
 	listen := func(c *net.TCPConn) {
 		r := bufio.NewReader(c)
@@ -502,6 +613,42 @@ func TestConnectionsOfADownBackendAreCut(t *testing.T) {
 		t.Errorf("it does not say why: %s", l)
 	}
 	exchange(t, kept, random(2, 100))
+}
+
+// TestWhoIsOnTheWayToADownBackendGoesElsewhere, where on-down=cut: whether it is to be greeted or to shake hands with it.
+func TestWhoIsOnTheWayToADownBackendGoesElsewhere(t *testing.T) {
+	deaf := newMortal(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+	good := mailScript.serve(t)
+	b := start(t, fmt.Sprintf(":{0} edge.test -> %[1]s %[2]s/backup starttls=smtp on-down=cut connect=1h\n:{1} -> tls://%[1]s %[2]s/backup mode=tcp on-down=cut connect=1h",
+		deaf.addr, good), "LOOPS=1")
+	asking, encrypting := b.dial(t, 0), b.dial(t, 1)
+	say(t, asking, "STARTTLS\r\n", "220 edge.test ESMTP\r\n"+tlsAnswer)
+	s := tls.Client(asking, clientConfig(t, nil))
+	if err := s.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "both wait for it", func() bool {
+		stages := map[string]int{}
+		for _, c := range b.conns(t, 10) {
+			stages[c.Stage]++
+		}
+		return stages["backend_starttls"] == 1 && stages["backend_tls"] == 1
+	})
+	if _, err := b.gateway.OrderBackend(deaf.addr, gateway.MaintainBackend); err != nil {
+		t.Fatal(err)
+	}
+	say(t, s, "EHLO me\r\n", mailScript.answers["EHLO"])
+	say(t, encrypting, "", mailScript.greeting)
+	for _, c := range []net.Conn{asking, encrypting} {
+		_ = c.Close()
+		l := b.lineOf(t, c)
+		if l.Backend != good || !strings.Contains(l.Error, "is maintenance: an operator has said so") {
+			t.Errorf("it does not say why: %s", l)
+		}
+	}
+	if n := b.backend(t, deaf.addr).Open; n != 0 {
+		t.Errorf("%d connections are counted, and none is open", n)
+	}
 }
 
 // TestSilentFamilyIsRaced: of a name with two families one that is silent costs a fraction of a second, and soon nothing.
@@ -668,6 +815,7 @@ func address(last byte) *dnsmessage.AResource {
 // TestNamesLeadToAllTheirAddresses, and SRV records to their ports, by priority and weight. When a name leads elsewhere
 // connections follow.
 func TestNamesLeadToAllTheirAddresses(t *testing.T) {
+	beside(t)
 	port := freePorts(t, 1)[0]
 	for i := byte(2); i <= 5; i++ {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.%d:%d", i, port))

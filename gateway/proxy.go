@@ -152,15 +152,12 @@ func proxyHeaderLen(b []byte) (int, error) {
 
 // greet puts the PROXY header for the backend, and what the client has sent already, before everything else that goes
 // there. To a tls:// backend the header has gone already, in the clear before the handshake, as HAProxy's send-proxy
-// and everybody who reads it have it.
+// and everybody who reads it have it. A backend to which nothing can be said yet may be one that speaks first.
 func (c *conn) greet() stage {
 	if s := c.backend.tls; s != nil {
 		c.up.hold(c.loop, s.sealed(c.pending))
 	} else {
-		if !c.dial.introduced {
-			c.up.hold(c.loop, c.proxyHeader())
-		}
-		c.up.hold(c.loop, c.pending)
+		c.sayFirst()
 	}
 	c.carried(&c.up, len(c.pending))
 	c.pending = nil
@@ -168,7 +165,25 @@ func (c *conn) greet() stage {
 	c.active = c.loop.now
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
 	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))
-	return c.relayed()
+	silent := c.backend.tls == nil && !c.dial.introduced && c.dial.early == 0 && !c.up.stuck()
+	c.stage = c.relayed()
+	next := c.relay()
+	if silent && c.up.moved == 0 && c.backend.fd >= 0 {
+		ackNow(c.backend.fd)
+	}
+	return next
+}
+
+// sayFirst has the header and what the client has sent go, but for what has gone with the SYN.
+func (c *conn) sayFirst() {
+	early := c.dial.early
+	if !c.dial.introduced {
+		if header := c.proxyHeader(); header != nil {
+			c.up.hold(c.loop, header[early:])
+			early = 0
+		}
+	}
+	c.up.hold(c.loop, c.pending[early:])
 }
 
 // proxyHeader is the header for the backend as the rule wants it, nil for none.

@@ -144,6 +144,7 @@ func TestBrokenConfigurationChangesNothing(t *testing.T) {
 }
 
 func TestReloadOpensAndClosesPorts(t *testing.T) {
+	beside(t)
 	backend := namedServer(t, "a")
 	v := startLive(t, fmt.Sprintf(":{0} edge.test -> %[1]s\n:{1} edge.test -> %[1]s", backend))
 	old := v.dialTLS(t, 1, nil)
@@ -191,12 +192,14 @@ func TestReloadAddsAnAddressOfAPort(t *testing.T) {
 // TestReloadsUnderLoad: a hundred reloads, with broken files between them, while clients come and go. None of them is
 // refused, reset, or sent to where no map ever sent it.
 func TestReloadsUnderLoad(t *testing.T) {
+	const pace = 5 * time.Millisecond // of each client: a thousand connections a second in all leave the reloads a core
 	a, b := namedServer(t, "a"), namedServer(t, "b")
 	maps := []string{
 		":{0} edge.test -> " + a + "\n:{1} -> " + a + " mode=tcp",
-		":{0} edge.test -> " + b + "\n:{1} -> " + b + " mode=tcp\n:{2} -> reject",
+		":{0} edge.test -> " + b + "\n:{1} -> " + b + " mode=tcp",
 	}
-	v := startLive(t, maps[0]+"\n:{2} -> reject")
+	const more = "\n:{2} -> reject" // a port that comes and goes, now and then: its last call takes a quarter of a second
+	v := startLive(t, maps[0]+more)
 	config := clientConfig(t, nil)
 	done := make(chan struct{})
 	var served atomic.Int64
@@ -214,6 +217,7 @@ func TestReloadsUnderLoad(t *testing.T) {
 					return
 				}
 				served.Add(1)
+				time.Sleep(pace)
 			}
 		})
 	}
@@ -224,7 +228,11 @@ func TestReloadsUnderLoad(t *testing.T) {
 				t.Fatalf("a broken map was taken: %+v", r)
 			}
 		}
-		v.write(t, maps[i%2])
+		text := maps[i%2]
+		if i%20 < 10 {
+			text += more
+		}
+		v.write(t, text)
 		if r := v.gateway.Reload(); !r.OK {
 			t.Fatalf("reload %d: %q", i, r.Problems)
 		}
@@ -263,6 +271,7 @@ func visit(addr string, secure bool, config *tls.Config) error {
 }
 
 func TestReloadReplacesCertificates(t *testing.T) {
+	beside(t)
 	v := startLive(t, ":{0} edge.test -> "+echoServer(t))
 	shown := func() []byte {
 		c := v.dialTLS(t, 0, func(c *tls.Config) { c.ClientSessionCache = nil })
@@ -300,6 +309,7 @@ func TestReloadReplacesCertificates(t *testing.T) {
 
 // TestDrainOptionEndsConnectionsOfARemovedRule: the others of the same map go on.
 func TestDrainOptionEndsConnectionsOfARemovedRule(t *testing.T) {
+	beside(t)
 	backend := echoServer(t)
 	v := startLive(t, fmt.Sprintf(":{0} edge.test -> %[1]s drain=300ms\n:{0} a.wild.test -> %[1]s", backend))
 	gone := v.dialTLS(t, 0, nil)
@@ -317,6 +327,7 @@ func TestDrainOptionEndsConnectionsOfARemovedRule(t *testing.T) {
 
 // TestWatchSeesWhatKubernetesDoes swaps a directory by a symbolic link, as a mounted ConfigMap is.
 func TestWatchSeesWhatKubernetesDoes(t *testing.T) {
+	beside(t)
 	dir := t.TempDir()
 	port := freePorts(t, 1)[0]
 	version := func(n int, backend string) {

@@ -53,10 +53,10 @@ type sample struct {
 // it likes. Probes are only logged at level debug.
 func (r *report) sampled() bool {
 	switch r.outcome {
-	case BadProxy, BadHello, HelloTimeout, UnknownName, Denied, Limited, HandshakeFailed, ClientCertRefused:
+	case BadProxy, BadHello, HelloTimeout, UnknownName, Denied, Limited, HandshakeFailed, ClientCertRefused, NoBackend, ConnectFailed:
 		return true
 	}
-	return r.outcome == ClientReset && r.stage <= shakingHands
+	return r.outcome == ClientReset && r.stage < greeting
 }
 
 // take says whether the connection has a line of its own, and counts it if it has none.

@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"fmt"
 	"hash/fnv"
 	"net/netip"
 	"strings"
@@ -225,9 +226,16 @@ func (k *keeper) change(s *server, mask, bits uint32, why string) {
 	k.changed(s, before, after, why)
 }
 
-// changed is told of every change of what keeps a server from being used.
+// changed is told of every change of what keeps a server from being used. Its reason is that of the state that it is called
+// by, which need not be the one that has changed.
 func (k *keeper) changed(s *server, before, after uint32, why string) {
 	s.changed = time.Now()
+	switch {
+	case after&(isDraining|isMaintained) != 0:
+		why = asTold
+	case after&isDown != 0:
+		why = s.failing(why)
+	}
 	s.why.Store(&why)
 	fields := []zap.Field{zap.String("backend", s.name), zap.String("state", stateWord(after)), zap.String("reason", why),
 		zap.Int64("connections", s.open.Load())}
@@ -240,6 +248,16 @@ func (k *keeper) changed(s *server, before, after uint32, why string) {
 	if worse := after &^ before; worse&(isDown|isMaintained) != 0 {
 		k.gw.cutConnections(s, "its backend "+s.name+" is "+stateWord(after)+": "+why)
 	}
+}
+
+// failing is what a check of the server says that fails, or otherwise. The keeper's lock is held.
+func (s *server) failing(otherwise string) string {
+	for _, c := range s.checks {
+		if !c.up {
+			return fmt.Sprintf("check=%s: %v", c.how, c.err)
+		}
+	}
+	return otherwise
 }
 
 // warm lets a server that is back begin slowly, and lets in those who wait for one.
@@ -312,7 +330,8 @@ func (k *keeper) probed(e *errand, s *server, err error) time.Duration {
 	return never
 }
 
-// cutConnections ends the connections to a server, of rules that say on-down=cut.
+// cutConnections ends the connections to a server, of rules that say on-down=cut. Those that are about to have one look
+// for another.
 func (g *Gateway) cutConnections(s *server, why string) {
 	if !g.cuts() {
 		return
@@ -320,11 +339,31 @@ func (g *Gateway) cutConnections(s *server, why string) {
 	for _, l := range g.loops {
 		l.post(func() {
 			for c := range l.conns {
-				if c.server == s && c.route.onDown == natmap.Cut && (c.stage == relaying || c.stage == translating) {
-					c.cut(BackendReset, why)
+				switch {
+				case c.server == s && c.route.onDown == natmap.Cut:
+					c.loseServer(why)
+				case c.dial != nil && c.dial.rivalServer == s && c.route.onDown == natmap.Cut:
+					c.dropRival()
 				}
 			}
 		})
+	}
+}
+
+// loseServer is for a connection whose server must not be used any more, however far it has come with it: MySQL's clients
+// have one before they have said anything.
+func (c *conn) loseServer(why string) {
+	switch {
+	case c.stage == encrypting && !c.dial.passed():
+		c.giveUpEncryption(why)
+	case c.stage == waitingEncryption && !c.dial.passed():
+		c.loop.encryptQueue.remove(c)
+		fallthrough
+	case c.stage == connecting, c.stage == asking:
+		c.stage = c.nextBackend(why)
+		c.advance()
+	case c.stage < lingering:
+		c.cut(BackendReset, why)
 	}
 }
 

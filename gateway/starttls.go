@@ -213,6 +213,9 @@ type talk struct {
 	passed   bool // MySQL: the client has the greeting, so that no other backend can take over
 }
 
+// passed says whether the client has had the backend's greeting.
+func (d *dialling) passed() bool { return d.talk != nil && d.talk.passed }
+
 func newTalk(b speech) *talk {
 	return &talk{client: starttls.NewClient(b.speaks, b.asks), greets: b.speaks.Greets()}
 }
@@ -223,7 +226,12 @@ func (c *conn) startAsking() stage {
 	c.stage = asking
 	d.talk, d.introduced = newTalk(d.backend.speech), true
 	c.setDeadline(d.share(c))
-	if out := d.talk.client.Start(c.proxyHeader()); len(out) > 0 && !wholly(&c.backend, out) {
+	out := d.talk.client.Start(c.proxyHeader())[d.early:]
+	d.early = 0
+	switch {
+	case len(out) == 0:
+		ackNow(c.backend.fd)
+	case !wholly(&c.backend, out):
 		return c.nextBackend("it reads nothing")
 	}
 	return c.ask()

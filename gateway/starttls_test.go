@@ -91,6 +91,7 @@ func (b *bed) curlUpgrades(t testing.TB, i int, stdin string, args ...string) st
 }
 
 func TestMailClientsThroughStartTLS(t *testing.T) {
+	beside(t)
 	b := start(t, `
 		:{0} edge.test -> `+mailScript.serve(t)+` starttls=smtp
 		:{1} edge.test -> `+imapScript.serve(t)+` starttls=imap
@@ -110,6 +111,7 @@ func TestMailClientsThroughStartTLS(t *testing.T) {
 // TestSClientStartsTLS is OpenSSL's client with each protocol that needs no greeting of the backend's; its -starttls
 // checks what it is answered.
 func TestSClientStartsTLS(t *testing.T) {
+	beside(t)
 	plain := script{}.serve(t)
 	b := start(t, strings.NewReplacer("MAIL", mailScript.serve(t), "IMAP", imapScript.serve(t), "POP", popScript.serve(t), "PLAIN", plain).Replace(`
 		:{0} edge.test -> MAIL starttls=smtp
@@ -154,6 +156,7 @@ func (l logLine) expectEnd(t testing.TB, want logLine) {
 const asksWhoSees = "select ssl from pg_stat_ssl where pid = pg_backend_pid()"
 
 func TestPostgreSQLThroughTerminate(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} edge.test -> 127.0.0.1:"+postgres(t)+" starttls=postgres\n:{0} -> 127.0.0.1:1 starttls=postgres")
 	verified := "sslmode=verify-full sslrootcert=" + pki(t).rootFile(t)
 	if out, err := b.psql(t, 0, verified, "select 6 * 7", asksWhoSees, "select length(repeat('x', 3000000))"); out != "42\nf\n3000000\n" {
@@ -169,6 +172,7 @@ func TestPostgreSQLThroughTerminate(t *testing.T) {
 
 // TestPostgreSQLThroughPass: the name routes, and the backend's own certificate is what the client sees.
 func TestPostgreSQLThroughPass(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} edge.test -> 127.0.0.1:"+postgres(t, postgresTLS(t)...)+" starttls=postgres mode=pass\n:{0} -> reject starttls=postgres")
 	verified := "sslmode=verify-full sslrootcert=" + pki(t).rootFile(t)
 	if out, err := b.psql(t, 0, verified, "select 6 * 7", asksWhoSees); out != "42\nt\n" {
@@ -189,6 +193,7 @@ func postgresTLS(t testing.TB) []string {
 
 // TestPostgreSQLDirectTLS is what libpq 17 does with sslnegotiation=direct: TLS at once, with the ALPN that it insists on.
 func TestPostgreSQLDirectTLS(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} edge.test -> 127.0.0.1:"+postgres(t)+" starttls=postgres")
 	c := b.dialTLS(t, 0, func(c *tls.Config) { c.NextProtos = []string{"postgresql"} })
 	if p := c.ConnectionState().NegotiatedProtocol; p != "postgresql" {
@@ -207,6 +212,7 @@ func TestPostgreSQLDirectTLS(t *testing.T) {
 
 // TestPostgreSQLCancelIsPassedOn: psql that is interrupted connects once more, in the clear, to cancel its query.
 func TestPostgreSQLCancelIsPassedOn(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} -> 127.0.0.1:"+postgres(t)+" starttls=postgres cert=edge.test")
 	cmd := command(t, program(t, "psql", "postgresql-client"), fmt.Sprintf("host=127.0.0.1 port=%d user=tester dbname=postgres sslmode=require", b.ports[0]),
 		"-X", "-q", "-A", "-t", "-c", "select 'it runs'", "-c", "select pg_sleep(300)")
@@ -244,6 +250,7 @@ func mariadb(t testing.TB, settings ...string) (port, socket string) {
 	as := unprivileged(t, dir)
 	as2 := func(cmd *exec.Cmd) *exec.Cmd {
 		cmd.SysProcAttr.Credential, cmd.Dir = as, dir
+		cmd.Env = append(os.Environ(), "TMPDIR="+dir) // servers take each other's temporary tables for leavings
 		return cmd
 	}
 	data, users := filepath.Join(dir, "data"), filepath.Join(dir, "users.sql")
@@ -277,6 +284,7 @@ func (b *bed) mysql(t testing.TB, i int, args ...string) (string, error) {
 
 // TestMariaDBThroughTerminate: the server knows nothing of TLS, and its packets are counted for it.
 func TestMariaDBThroughTerminate(t *testing.T) {
+	beside(t)
 	port, socket := mariadb(t)
 	b := start(t, ":{0} -> 127.0.0.1:"+port+" starttls=mysql cert=edge.test\n:{1} -> 127.0.0.1:1 unix:"+socket+"/backup starttls=mysql cert=edge.test\n"+
 		":{2} -> 127.0.0.1:1 starttls=mysql cert=edge.test")
@@ -393,26 +401,35 @@ func TestMySQLWaitsForRoom(t *testing.T) {
 	}
 }
 
-// TestLoginOfADownBackendIsCut: a connection that is translated is one that is open.
+// TestLoginOfADownBackendIsCut: with on-down=cut also a connection that is translated is one that is open, and one whose
+// client has been greeted by the backend, and has asked for TLS or not.
 func TestLoginOfADownBackendIsCut(t *testing.T) {
 	backend := mysqlServer(t)
 	b := start(t, ":{0} -> "+backend.addr+" starttls=mysql cert=edge.test on-down=cut")
-	c := b.dial(t, 0)
-	if err := mysqlTLS(t, c).Handshake(); err != nil {
+	greeted, asked, login := b.dial(t, 0), b.dial(t, 0), b.dial(t, 0)
+	say(t, greeted, "", strings.Replace(mysqlGreeting, "\xff\xf7", "\xff\xff", 1))
+	mysqlTLS(t, asked)
+	if err := mysqlTLS(t, login).Handshake(); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "it logs in", func() bool {
-		conns := b.conns(t, 10)
-		return len(conns) == 1 && conns[0].Stage == "login"
+	until(t, "all are where they have to be", func() bool {
+		stages := map[string]int{}
+		for _, c := range b.conns(t, 10) {
+			stages[c.Stage]++
+		}
+		return stages["login"] == 1 && stages["starttls"] == 1 && stages["hello"] == 1
 	})
 	if _, err := b.gateway.OrderBackend(backend.addr, gateway.MaintainBackend); err != nil {
 		t.Fatal(err)
 	}
-	b.lineOf(t, c).expect(t, logLine{Outcome: "backend_reset", Stage: "login"})
+	for c, stage := range map[net.Conn]string{greeted: "starttls", asked: "hello", login: "login"} {
+		b.lineOf(t, c).expect(t, logLine{Outcome: "backend_reset", Stage: stage, Backend: backend.addr})
+	}
 }
 
 // TestChecksAskForTLS: in the protocol of the backend, as connections do, or in the one that the check names.
 func TestChecksAskForTLS(t *testing.T) {
+	beside(t)
 	for _, protocol := range []string{"smtp", "imap", "pop3", "ldap"} {
 		t.Run(protocol, func(t *testing.T) {
 			encrypted, asked, passed, named := encryptedServer(t, "", script{}), encryptedServer(t, protocol, script{}), encryptedServer(t, protocol, script{}), encryptedServer(t, protocol, script{})
@@ -495,6 +512,7 @@ func (b *bed) ldapsearch(t testing.TB, i int, args ...string) string {
 }
 
 func TestLDAPClientsThroughTerminate(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} -> "+slapd(t)+" starttls=ldap cert=edge.test")
 	if out := b.ldapsearch(t, 0, "-ZZ"); !strings.Contains(out, "what is looked for") {
 		t.Errorf("ldapsearch says %q", out)
@@ -554,6 +572,7 @@ const (
 // TestCommandsBehindSTARTTLSReachNobody: what is injected behind the request for TLS is not kept for later (the flaw of
 // CVE-2011-0411), in one segment with it or not.
 func TestCommandsBehindSTARTTLSReachNobody(t *testing.T) {
+	beside(t)
 	heard := make(chan string, 4)
 	backend := serve(t, func(c *net.TCPConn) {
 		b, _ := io.ReadAll(c)
@@ -579,6 +598,7 @@ func TestCommandsBehindSTARTTLSReachNobody(t *testing.T) {
 
 // TestPreludeEnds holds every way that a prelude ends without TLS to its outcome.
 func TestPreludeEnds(t *testing.T) {
+	beside(t)
 	b := start(t, ":{0} edge.test -> "+mailScript.serve(t)+" starttls=smtp\n:{1} edge.test -> "+echoServer(t)+" starttls=postgres", "HELLO_TIMEOUT=300ms")
 	greeting := "220 edge.test ESMTP\r\n"
 	for _, tt := range []struct {
@@ -635,6 +655,7 @@ func TestPreludeByteAtATime(t *testing.T) {
 
 // TestBackendThatDoesNotGreetIsPassedOver: by the next one, like one that does not answer.
 func TestBackendThatDoesNotGreetIsPassedOver(t *testing.T) {
+	beside(t)
 	silent := serve(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
 	gone := serve(t, func(c *net.TCPConn) {})
 	busy := script{greeting: "421 later\r\n"}.serve(t)
@@ -659,6 +680,7 @@ func TestBackendThatDoesNotGreetIsPassedOver(t *testing.T) {
 
 // TestMailThroughPass: the backend is asked as the client has asked, and shows its own certificate.
 func TestMailThroughPass(t *testing.T) {
+	beside(t)
 	for _, protocol := range []string{"smtp", "imap", "pop3", "ldap"} {
 		t.Run(protocol, func(t *testing.T) {
 			b := start(t, ":{0} edge.test -> "+encryptedServer(t, protocol, script{})+" mode=pass starttls="+protocol)
@@ -719,6 +741,7 @@ func encryptedServer(t testing.TB, protocol string, inside script) string {
 // TestBackendsAreAskedForTLS: by tls+PROTOCOL://, for clients that have asked for it themselves, for those that begin with
 // TLS, and for those without. These two have had no greeting yet, and get the backend's.
 func TestBackendsAreAskedForTLS(t *testing.T) {
+	beside(t)
 	for protocol, greeting := range map[string]string{"smtp": "220 mx\r\n", "imap": "* OK hi\r\n", "pop3": "+OK hi\r\n", "ldap": ""} {
 		t.Run(protocol, func(t *testing.T) {
 			to := "tls+" + protocol + "://" + encryptedServer(t, protocol, script{}) + verifiesBackends
@@ -753,6 +776,7 @@ func TestGreetingInsideTLSIsTakenOff(t *testing.T) {
 }
 
 func TestPostgreSQLIsAskedForTLS(t *testing.T) {
+	beside(t)
 	secure, plain := "127.0.0.1:"+postgres(t, postgresTLS(t)...), "127.0.0.1:"+postgres(t)
 	b := start(t, ":{0} edge.test -> tls+postgres://"+secure+" starttls=postgres"+verifiesBackends+"\n"+
 		":{0} *.wild.test -> tls+postgres://"+plain+" starttls=postgres"+verifiesBackends, trusting(t))
@@ -770,6 +794,7 @@ func TestPostgreSQLIsAskedForTLS(t *testing.T) {
 // TestSCRAMKnowsWhoseTLSItIs: a password is bound to the certificate that the server shows. A plain backend shows none, with
 // mode=pass the client sees it, and where the edge shows another one the client has to leave that out.
 func TestSCRAMKnowsWhoseTLSItIs(t *testing.T) {
+	beside(t)
 	secure, plain := postgres(t, postgresTLS(t)...), postgres(t)
 	for _, port := range []string{secure, plain} {
 		psql := func(sql string) string {
@@ -800,6 +825,7 @@ func TestSCRAMKnowsWhoseTLSItIs(t *testing.T) {
 }
 
 func TestMariaDBIsAskedForTLS(t *testing.T) {
+	beside(t)
 	a := pki(t)
 	port, _ := mariadb(t, "--ssl-cert="+string(a.chainPEM("edge-rsa")), "--ssl-key="+string(a.leaves["edge-rsa"].keyPEM()))
 	plain, _ := mariadb(t, "--skip-ssl")

@@ -42,7 +42,7 @@ func (c *conn) story() stage {
 	case matching:
 		return c.match()
 	case waitingTurn: // the queue moves it on: startHandshakes
-		return waitingTurn
+		return c.awaitTurn()
 	case shakingHands: // the handshake moves it on: handshaker.done
 		return c.nudgeHandshake()
 	case connecting:

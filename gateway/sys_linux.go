@@ -129,6 +129,10 @@ func takeError(fd int32) unix.Errno {
 // question that is answered at once.
 func delayAcks(fd int32) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0) }
 
+// ackNow sends the acknowledgement that waits, and leaves those after it as they were (any even number but 0 does that).
+// Without it a backend that speaks first hears of its connection only after TCP_DELACK_MAX, which is 200 ms.
+func ackNow(fd int32) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 2) }
+
 // keepAlive has the kernel ask a silent peer from time to time whether it is still there.
 func keepAlive(fd int32) {
 	for _, o := range [...][3]int{

@@ -15,6 +15,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"io"
 	"math/big"
@@ -31,6 +32,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -41,8 +43,52 @@ import (
 // patience is how long a test waits for what has to happen. It's never reached on a machine that is merely slow.
 const patience = 60 * time.Second
 
-// bed is a running gateway, its log, and certificates for edge.test and *.wild.test. Tests with a bed don't run in
-// parallel: when it ends it looks at the goroutines and descriptors of the whole process.
+// beside has a test run beside others: one that mostly waits, owns everything that it touches, measures nothing, and asks
+// for nothing to be done within a fraction of a second, as a check with every=100ms does. They
+// run when all others have ended, and what they leave behind is looked at when all of them have.
+func beside(t *testing.T) {
+	t.Helper()
+	t.Parallel()
+	besides.Store(true)
+}
+
+// besides says that tests run beside each other now.
+var besides atomic.Bool
+
+// runAll runs the tests, and looks at what is left of the process behind them.
+func runAll(m *testing.M) (code int) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		_ = flag.Set("test.parallel", "8") // more than there are processors: they wait
+	}
+	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil { // package net keeps its epoll for good
+		_ = l.Close()
+	}
+	goroutines, descriptors := runtime.NumGoroutine(), openDescriptors()
+	if code = m.Run(); code != 0 || !besides.Load() {
+		return code
+	}
+	if n := settled(goroutines, runtime.NumGoroutine); n > goroutines {
+		fmt.Fprintf(os.Stderr, "the tests have left goroutines: %d, and before them there were %d\n", n, goroutines)
+		_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
+		return 1
+	}
+	if n := settled(descriptors, openDescriptors); n > descriptors {
+		fmt.Fprintf(os.Stderr, "the tests have left descriptors: %d, and before them there were %d:\n", n, descriptors)
+		entries, _ := os.ReadDir("/proc/self/fd")
+		for _, e := range entries {
+			what, _ := os.Readlink("/proc/self/fd/" + e.Name())
+			fmt.Fprintln(os.Stderr, e.Name(), what)
+		}
+		return 1
+	}
+	return 0
+}
+
+// bed is a running gateway, its log, and certificates for edge.test and *.wild.test. When it ends it looks at the
+// goroutines and descriptors of the whole process, unless it is one of a test that runs beside others.
 type bed struct {
 	gateway *gateway.Gateway
 	ports   []int // what stands for {0}, {1}, … in the map
@@ -81,6 +127,9 @@ func start(t testing.TB, mapText string, settings ...string) *bed {
 	t.Cleanup(func() {
 		b.stop(t)
 		b.audit(t)
+		if besides.Load() {
+			return
+		}
 		settles(t, "goroutines", goroutines, runtime.NumGoroutine)
 		settles(t, "descriptors", descriptors, openDescriptors)
 	})
@@ -345,17 +394,23 @@ func (b *logBook) text() string {
 // settles waits until count is back at what it was. Pipes that package net keeps for its own splicing go with the
 // garbage.
 func settles(t testing.TB, what string, was int, count func() int) {
-	deadline := time.Now().Add(15 * time.Second)
-	for count() > was {
-		if time.Now().After(deadline) {
-			t.Errorf("%s: %d, and before the gateway there were %d", what, count(), was)
-			if what == "goroutines" {
-				_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
-			}
-			return
+	n := settled(was, count)
+	if n <= was {
+		return
+	}
+	t.Errorf("%s: %d, and before the gateway there were %d", what, n, was)
+	if what == "goroutines" {
+		_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 1)
+	}
+}
+
+// settled is what count comes to, once it is back at what it was or enough time has passed.
+func settled(was int, count func() int) (n int) {
+	for deadline := time.Now().Add(15 * time.Second); ; runtime.GC() {
+		if n = count(); n <= was || time.Now().After(deadline) {
+			return n
 		}
 		time.Sleep(2 * time.Millisecond)
-		runtime.GC()
 	}
 }
 
@@ -403,12 +458,17 @@ func fillPorts(t testing.TB, text string) (string, []int) {
 
 // lastPort is where the search for free ports goes on: so that none is handed out twice, and other processes' tests
 // look elsewhere.
-var lastPort = 10000 + mathrand.IntN(20000)
+var (
+	portsMu  sync.Mutex
+	lastPort = 10000 + mathrand.IntN(20000)
+)
 
 // freePorts are n ports in a row on which nobody listens. They lie below the range from which the kernel takes ports
 // for outgoing connections, so that none of those gets in the way before the gateway listens.
 func freePorts(t testing.TB, n int) []int {
 	t.Helper()
+	portsMu.Lock()
+	defer portsMu.Unlock()
 	var ports []int
 	for range 20000 {
 		if lastPort++; lastPort > 32000 {

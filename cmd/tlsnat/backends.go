@@ -127,6 +127,9 @@ func (s *states) state(address string) string {
 			all = append(all, b.Address+" is "+describe(&b))
 		}
 	}
+	if len(all) == 0 && strings.HasPrefix(address, "srv:") {
+		return "leads to no address"
+	}
 	slices.Sort(all)
 	if len(all) == 0 && s.all {
 		return "the running gateway does not know it" // its map is another one, or it is a port of a range that nobody has used
