@@ -845,9 +845,9 @@ func TestPageShowsTheGatewayInABrowser(t *testing.T) {
 	b.mixed(t)
 	cmd := exec.CommandContext(t.Context(), chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--no-default-browser-check",
-		"--user-data-dir="+t.TempDir(), "--virtual-time-budget=4000", "--dump-dom", b.url("/"))
+		"--user-data-dir="+profile(t), "--virtual-time-budget=4000", "--dump-dom", b.url("/"))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(), "TMPDIR="+t.TempDir())
+	cmd.Env = append(os.Environ(), "HOME="+profile(t), "TMPDIR="+profile(t))
 	var complaints bytes.Buffer
 	cmd.Stderr = &complaints
 	out, err := cmd.Output()

@@ -45,9 +45,10 @@ func (b *bed) browse(t *testing.T) *browser {
 	}
 	cmd := exec.CommandContext(t.Context(), chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--no-default-browser-check",
-		"--window-size=1300,1600", "--user-data-dir="+t.TempDir(), "--remote-debugging-pipe")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	cmd.Env = append(os.Environ(), "HOME="+t.TempDir(), "TMPDIR="+t.TempDir())
+		"--window-size=1300,1600", "--user-data-dir="+profile(t), "--remote-debugging-pipe")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.Env = append(os.Environ(), "HOME="+profile(t), "TMPDIR="+profile(t))
 	cmd.ExtraFiles = []*os.File{toRead, fromWrite} // descriptors 3 and 4, as --remote-debugging-pipe has it
 	started := make(chan error)
 	go func() { // Pdeathsig is bound to the thread that starts it
@@ -80,6 +81,24 @@ func (b *bed) browse(t *testing.T) *browser {
 	w.tell(t, "Log.enable", nil, nil)
 	w.tell(t, "Page.navigate", map[string]any{"url": b.url("/")}, nil)
 	return w
+}
+
+// profile is a directory for a browser. Its processes end a moment after the one that was started, and write until then.
+func profile(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "browser-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for began := time.Now(); os.RemoveAll(dir) != nil; time.Sleep(20 * time.Millisecond) {
+			if time.Since(began) > 10*time.Second {
+				t.Errorf("%s is still written to", dir)
+				return
+			}
+		}
+	})
+	return dir
 }
 
 // listen hands answers to who waits for them, and notes what goes wrong on the page.
