@@ -881,18 +881,17 @@ func (c *conversation) side(seed uint64) side {
 
 // known is what the gateway knows of a client's connection, whether it is over or not.
 func (x *crossing) known(t testing.TB, client net.Conn) string {
-	peer := client.LocalAddr().String()
 	for _, l := range x.log.all() {
-		if l.Peer == peer {
+		if l.isOf(client) {
 			return l.text
 		}
 	}
 	for _, c := range x.conns(t, 10_000) {
-		if c.Peer.String() == peer {
+		if c.Peer.String() == client.LocalAddr().String() && portOf(c.Listen) == portOf(client.RemoteAddr().String()) {
 			return fmt.Sprintf("%+v", c)
 		}
 	}
-	return "nothing is known of " + peer
+	return "nothing is known of " + client.LocalAddr().String()
 }
 
 func (c *conversation) run(t *testing.T, x *crossing, m *meeting) error {

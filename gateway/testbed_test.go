@@ -251,8 +251,13 @@ func (b *bed) next(t testing.TB) logLine {
 // lineOf waits for the line of the connection whose client's end c is.
 func (b *bed) lineOf(t testing.TB, c net.Conn) logLine {
 	t.Helper()
-	peer := c.LocalAddr().String()
-	return b.line(t, func(l logLine) bool { return l.Peer == peer })
+	return b.line(t, func(l logLine) bool { return l.isOf(c) })
+}
+
+// isOf says whether the line is that of a client's connection. Its port alone does not tell: connections to different
+// ports may share it.
+func (l *logLine) isOf(c net.Conn) bool {
+	return l.Peer == c.LocalAddr().String() && portOf(l.Listen) == portOf(c.RemoteAddr().String())
 }
 
 // dial connects to the i-th port.
