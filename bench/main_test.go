@@ -154,22 +154,38 @@ func (sum *bill) add(took []time.Duration) {
 	sum.took = append(sum.took, took...)
 }
 
-// measure repeats a round of work for the benchmark's time, after one that warms everything up and is not on the bill. The round adds its units.
-func (g *gateway) measure(b *testing.B, round func(sum *bill) error) *bill {
+// A round is a piece of work that adds its units to the bill.
+type round func(sum *bill) error
+
+// measure repeats a round for the benchmark's time, after one that warms everything up and is not on the bill.
+func (g *gateway) measure(b *testing.B, r round) *bill {
 	b.Helper()
-	if err := round(new(bill)); err != nil {
-		g.fatal(b, err)
-	}
-	runtime.GC()
-	sum := new(bill)
-	cpu, began := g.cpuNow(b), time.Now()
-	for b.Loop() {
-		if err := round(sum); err != nil {
+	return alternate(b, []*gateway{g}, []round{r})[0]
+}
+
+// alternate does that with several gateways, a round of each in turn, so that what the machine does meanwhile concerns all alike. A gateway is billed for
+// its turns.
+func alternate(b *testing.B, gateways []*gateway, rounds []round) []*bill {
+	b.Helper()
+	sums := make([]*bill, len(gateways))
+	for i, g := range gateways {
+		if err := rounds[i](new(bill)); err != nil {
 			g.fatal(b, err)
 		}
+		sums[i] = new(bill)
 	}
-	sum.cpu, sum.wall = g.cpuNow(b)-cpu, time.Since(began)
-	return sum
+	runtime.GC()
+	for b.Loop() {
+		for i, g := range gateways {
+			cpu, began := g.cpuNow(b), time.Now()
+			if err := rounds[i](sums[i]); err != nil {
+				g.fatal(b, err)
+			}
+			sums[i].wall += time.Since(began)
+			sums[i].cpu += g.cpuNow(b) - cpu
+		}
+	}
+	return sums
 }
 
 func (g *gateway) cpuNow(b *testing.B) time.Duration {

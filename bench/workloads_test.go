@@ -53,12 +53,19 @@ func speak12(c *tls.Config) {
 }
 
 func benchVisits(b *testing.B, g *gateway, w way, resumed bool) {
+	sum := g.measure(b, visits(w, resumed))
+	g.reportPerOp(b, sum)
+	sum.reportLatency(b)
+}
+
+// visits is a round of new connections by 16 clients at once.
+func visits(w way, resumed bool) round {
 	times := 16
 	if short {
 		times = 2
 	}
 	took := make([]time.Duration, 16*times)
-	sum := g.measure(b, func(sum *bill) error {
+	return func(sum *bill) error {
 		err := together(16, func(client int) error {
 			for i := client * times; i < (client+1)*times; i++ {
 				r, t, err := w.visit()
@@ -74,9 +81,7 @@ func benchVisits(b *testing.B, g *gateway, w way, resumed bool) {
 		})
 		sum.add(took)
 		return err
-	})
-	g.reportPerOp(b, sum)
-	sum.reportLatency(b)
+	}
 }
 
 // BenchmarkEcho is a message there and back on 64 open connections, each sending as soon as it has its answer.
@@ -102,18 +107,22 @@ func BenchmarkCrowd(b *testing.B) {
 }
 
 func benchEcho(b *testing.B, g *gateway, d door, idle, busy, size int) {
-	all := gatherFor(b, g, d, idle+busy)
-	times := max(1, 4096/busy)
-	if short {
-		times = max(1, 512/busy)
-	}
-	sum := g.measure(b, func(sum *bill) error {
-		took, err := all[idle:].echo(size, times)
-		sum.add(took)
-		return err
-	})
+	sum := g.measure(b, echoes(gatherFor(b, g, d, idle+busy)[idle:], size))
 	g.reportPerOp(b, sum)
 	sum.reportLatency(b)
+}
+
+// echoes is a round of echoes on each of the connections.
+func echoes(busy crowd, size int) round {
+	times := max(1, 4096/len(busy))
+	if short {
+		times = max(1, 512/len(busy))
+	}
+	return func(sum *bill) error {
+		took, err := busy.echo(size, times)
+		sum.add(took)
+		return err
+	}
 }
 
 func gatherFor(b *testing.B, g *gateway, d door, n int) crowd {
@@ -142,7 +151,7 @@ func BenchmarkBulk(b *testing.B) {
 // core, which ends TLS in front of the usual one.
 func BenchmarkReencrypt(b *testing.B) {
 	if tlsnat.missing != nil {
-		b.Skip(tlsnat.missing)
+		b.Fatal(tlsnat.missing)
 	}
 	for _, w := range []struct {
 		name     string
@@ -167,7 +176,7 @@ func BenchmarkReencrypt(b *testing.B) {
 // BenchmarkLoops is what a second event loop costs: echo and bulk through one loop and through two, either on both cores, which they share with the load.
 func BenchmarkLoops(b *testing.B) {
 	if tlsnat.missing != nil {
-		b.Skip(tlsnat.missing)
+		b.Fatal(tlsnat.missing)
 	}
 	for _, w := range []string{"echo", "down", "up"} {
 		for i, loops := range []string{"one", "two"} {
@@ -186,41 +195,60 @@ func BenchmarkLoops(b *testing.B) {
 	}
 }
 
-// BenchmarkSwitch is what all that can be switched on costs: handshakes, echo and bulk under a map of four rules without options (bare), and under one of
-// 10,000 with lists, limits, checks and balancing (full).
+// BenchmarkSwitch is what all that can be switched on costs: handshakes, echo and bulk under a map of 10,000 rules with lists, limits, checks and
+// balancing, in turns with the same under four rules without options (times-bare).
 func BenchmarkSwitch(b *testing.B) {
 	if tlsnat.missing != nil {
-		b.Skip(tlsnat.missing)
+		b.Fatal(tlsnat.missing)
 	}
 	for _, w := range []string{"handshake", "echo", "down", "up"} {
-		for _, how := range []string{"bare", "full"} {
-			b.Run("peer=tlsnat/"+how+"-"+w, func(b *testing.B) {
-				g := tlsnat.openAt(b, site{backend: backendAt, core: here.gatewayCore, full: how == "full"})
+		b.Run("peer=tlsnat/"+w, func(b *testing.B) {
+			var gateways []*gateway
+			for _, full := range []bool{false, true} {
+				gateways = append(gateways, tlsnat.openAt(b, site{backend: backendAt, core: here.gatewayCore, full: full}))
+			}
+			var rounds []round
+			for _, g := range gateways {
 				if _, err := g.settledPSS(); err != nil { // what reading the map has left behind is given back by then
 					b.Fatal(err)
 				}
-				switch w {
-				case "handshake":
-					benchVisits(b, g, g.way(ecdsaDoor), false)
-				case "echo":
-					benchEcho(b, g, ecdsaDoor, 0, 64, 256)
-				case "down":
-					benchBulk(b, g, ecdsaDoor, 1, 0)
-				case "up":
-					benchBulk(b, g, ecdsaDoor, 0, 1)
-				}
-			})
-		}
+				rounds = append(rounds, switchRound(b, g, w))
+			}
+			sums := alternate(b, gateways, rounds)
+			bare, full := sums[0], sums[1]
+			if w == "down" || w == "up" {
+				gateways[1].reportPerGiB(b, full)
+			} else {
+				gateways[1].reportPerOp(b, full)
+			}
+			b.ReportMetric(float64(full.cpu)/float64(full.units)/(float64(bare.cpu)/float64(bare.units)), "times-bare")
+		})
 	}
 }
 
+func switchRound(b *testing.B, g *gateway, w string) round {
+	switch w {
+	case "handshake":
+		return visits(g.way(ecdsaDoor), false)
+	case "echo":
+		return echoes(gatherFor(b, g, ecdsaDoor, 64), 256)
+	case "down":
+		return streams(b, g, ecdsaDoor, 1, 0)
+	}
+	return streams(b, g, ecdsaDoor, 0, 1)
+}
+
 func benchBulk(b *testing.B, g *gateway, d door, down, up int) {
-	const streams = 4
+	g.reportPerGiB(b, g.measure(b, streams(b, g, d, down, up)))
+}
+
+// streams is a round of bulk over four connections.
+func streams(b *testing.B, g *gateway, d door, down, up int) round {
 	size := 32 << 20
 	if short {
 		size = 2 << 20
 	}
-	c := make(crowd, streams)
+	c := make(crowd, 4)
 	b.Cleanup(c.close)
 	for i := range c {
 		var err error
@@ -228,11 +256,10 @@ func benchBulk(b *testing.B, g *gateway, d door, down, up int) {
 			g.fatal(b, err)
 		}
 	}
-	sum := g.measure(b, func(sum *bill) error {
-		sum.units += streams * (down + up) * size
+	return func(sum *bill) error {
+		sum.units += len(c) * (down + up) * size
 		return c.bulk(down*size, up*size)
-	})
-	g.reportPerGiB(b, sum)
+	}
 }
 
 // BenchmarkPassthrough is bulk and echo where the gateway decrypts nothing: routed on the server name (pass), or by port alone (tcp).

@@ -4,7 +4,6 @@ package gateway
 
 import (
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -32,18 +31,7 @@ func TestListenersTakeEarlyData(t *testing.T) {
 			ports[0], first, ports[1], second, ports[2])
 	}
 	write(rules("fastopen=on", ""))
-	s, err := ReadSettings([]string{Prefix + "MAP_FILE=" + mapFile, Prefix + "STATE=" + t.TempDir(), Prefix + "LOOPS=2"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	config, problems := ReadConfig(s)
-	if config == nil {
-		t.Fatal(problems)
-	}
-	g, err := New(config, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	g := configured(t, "MAP_FILE="+mapFile, "LOOPS=2")
 	if err := g.Start(); err != nil {
 		t.Fatal(err)
 	}

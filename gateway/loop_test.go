@@ -30,7 +30,21 @@ type still struct {
 // newStill makes one for a map whose first rule has the port that is looked at.
 func newStill(t testing.TB, mapText string, settings ...string) *still {
 	t.Helper()
-	environ := []string{Prefix + "MAP=" + mapText, Prefix + "STATE=" + t.TempDir(), Prefix + "LOOPS=1"}
+	g := configured(t, append([]string{"MAP=" + mapText, "LOOPS=1"}, settings...)...)
+	gen := g.current.Load()
+	port := gen.config.Map.Rules[0].Listen.Lo
+	ln := &listener{loop: g.loops[0], port: port, gen: gen, rules: gen.port(netip.Addr{}, port), name: "test"}
+	t.Cleanup(func() {
+		g.loops[0].closeAll()
+		g.lines.close()
+	})
+	return &still{g, g.loops[0], ln}
+}
+
+// configured makes a gateway with those settings (without the prefix), which has not been started.
+func configured(t testing.TB, settings ...string) *Gateway {
+	t.Helper()
+	environ := []string{Prefix + "STATE=" + t.TempDir()}
 	for _, kv := range settings {
 		environ = append(environ, Prefix+kv)
 	}
@@ -46,14 +60,7 @@ func newStill(t testing.TB, mapText string, settings ...string) *still {
 	if err != nil {
 		t.Fatal(err)
 	}
-	gen := g.current.Load()
-	port := config.Map.Rules[0].Listen.Lo
-	ln := &listener{loop: g.loops[0], port: port, gen: gen, rules: gen.port(netip.Addr{}, port), name: "test"}
-	t.Cleanup(func() {
-		g.loops[0].closeAll()
-		g.lines.close()
-	})
-	return &still{g, g.loops[0], ln}
+	return g
 }
 
 // pair is a connection of which the loop has one end.
@@ -192,18 +199,7 @@ func TestAcceptRestsWhenTheKernelIsShortOfMemory(t *testing.T) {
 			}
 			addr := free.Addr().String()
 			_ = free.Close()
-			s, err := ReadSettings([]string{Prefix + "MAP=" + addr + " -> redirect", Prefix + "STATE=" + t.TempDir(), Prefix + "LOOPS=1"})
-			if err != nil {
-				t.Fatal(err)
-			}
-			config, problems := ReadConfig(s)
-			if config == nil {
-				t.Fatal(problems)
-			}
-			g, err := New(config, io.Discard)
-			if err != nil {
-				t.Fatal(err)
-			}
+			g := configured(t, "MAP="+addr+" -> redirect", "LOOPS=1")
 			const failures = 6 // 5, 10, 20, 40, 80, 160 ms of rest
 			var calls atomic.Int32
 			g.loops[0].accept4 = func(fd int32) (int32, netip.AddrPort, unix.Errno) {
