@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/certs/rsasign"
 	"github.com/tlsnat/tlsnat/gateway/record/gcm"
 )
 
@@ -133,7 +134,8 @@ func (p *program) version(args []string) int {
 	fmt.Fprintf(p.out, "tlsnat %s\n", buildVersion())
 	w := tabwriter.NewWriter(p.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "go\t%s %s/%s\n", runtime.Version(), runtime.GOOS, runtime.GOARCH)
-	fmt.Fprintf(w, "AES-GCM\t%s\n", aesGCM())
+	fmt.Fprintf(w, "AES-GCM\t%s\n", accelerated("VAES with AVX-512", gcm.Accelerated))
+	fmt.Fprintf(w, "RSA-2048\t%s\n", accelerated("AVX-512 IFMA", rsasign.Accelerated))
 	fmt.Fprintf(w, "kernel\t%s\n", kernel())
 	fmt.Fprintf(w, "kTLS\t%s\n", gateway.KernelTLS())
 	fmt.Fprintf(w, "splice\t%s\n", splice())
@@ -165,12 +167,12 @@ func buildVersion() string {
 	return cmp.Or(revision, "devel") + modified
 }
 
-// aesGCM says which implementation seals and opens records.
-func aesGCM() string {
-	if ok, why := gcm.Accelerated(); !ok {
+// accelerated says which implementation does the work: our own, by its name, or the standard library's.
+func accelerated(ours string, is func() (bool, string)) string {
+	if ok, why := is(); !ok {
 		return "the standard library's (" + why + ")"
 	}
-	return "VAES with AVX-512"
+	return ours
 }
 
 func kernel() string {

@@ -89,7 +89,7 @@ func TestVersionTellsWhatTheKernelCan(t *testing.T) {
 	if slices.Contains(strings.Fields(string(protocols)), "tls") {
 		ktls = "works"
 	}
-	want := regexp.MustCompile(`^tlsnat \S+\ngo +go1\.\S+ linux/\w+\nAES-GCM +(VAES with AVX-512|the standard library's \(.+\))\nkernel +Linux \d\S+\nkTLS +` + ktls + `\b.*\nsplice +works\nsk_lookup +\S.*\nbacklog +\d+ .*\npipes +\d+ bytes .*\n$`)
+	want := regexp.MustCompile(`^tlsnat \S+\ngo +go1\.\S+ linux/\w+\nAES-GCM +(VAES with AVX-512|the standard library's \(.+\))\nRSA-2048 +(AVX-512 IFMA|the standard library's \(.+\))\nkernel +Linux \d\S+\nkTLS +` + ktls + `\b.*\nsplice +works\nsk_lookup +\S.*\nbacklog +\d+ .*\npipes +\d+ bytes .*\n$`)
 	if r.code != exitOK || !want.MatchString(r.out) {
 		t.Errorf("%v\nwants %s", r, want)
 	}

@@ -4,6 +4,7 @@ package certs
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
@@ -14,6 +15,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/certs/rsasign"
 )
 
 const (
@@ -127,7 +130,7 @@ func (p *pairing) certificate(places []*cert) *Certificate {
 	c := &Certificate{
 		Issuer: commonName(leaf.Issuer), KeyType: name, NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter,
 		CertFile: leaf.file.path, KeyFile: k.file.path, kind: kind, line: leaf.line,
-		pair: tls.Certificate{PrivateKey: k.Signer, Leaf: leaf.Certificate},
+		pair: tls.Certificate{PrivateKey: fastest(k.Signer), Leaf: leaf.Certificate},
 	}
 	for _, link := range chain {
 		c.pair.Certificate = append(c.pair.Certificate, link.Raw)
@@ -138,6 +141,14 @@ func (p *pairing) certificate(places []*cert) *Certificate {
 	p.warnPurpose(leaf)
 	p.warnIntermediates(chain[1:])
 	return c
+}
+
+// fastest is the key in the form that signs fastest.
+func fastest(key crypto.Signer) crypto.Signer {
+	if k, ok := key.(*rsa.PrivateKey); ok {
+		return rsasign.Signer(k)
+	}
+	return key
 }
 
 // keyFor prefers the key in the same file, then the one in the same directory: only the file name differs.

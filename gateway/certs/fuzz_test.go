@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/tlsnat/tlsnat/gateway/certs/rsasign"
 )
 
 // FuzzLoadPEM holds for any bytes as the one file of a directory: what is served matches its key, each certificate
@@ -92,11 +94,15 @@ func asPEM(t *testing.T, c *Certificate) []byte {
 	for _, der := range c.TLS().Certificate {
 		b.WriteString(pemText("CERTIFICATE", der))
 	}
-	key, err := x509.MarshalPKCS8PrivateKey(c.TLS().PrivateKey)
+	key := c.TLS().PrivateKey
+	if fast, ok := key.(*rsasign.Key); ok {
+		key = fast.PrivateKey
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.WriteString(pemText("PRIVATE KEY", key))
+	b.WriteString(pemText("PRIVATE KEY", secret))
 	return []byte(b.String())
 }
 
