@@ -302,11 +302,7 @@ func (k *keeper) ejected(s *server, out *outbound, why string) {
 	}
 	s.probe.stop()
 	s.probe = k.errands.start(k.pause(s), func(e *errand) time.Duration {
-		c, err := dialServer(e.ctx, s, out, probeTime)
-		if err == nil {
-			_ = c.Close()
-		}
-		return k.probed(e, s, err)
+		return k.probed(e, s, s.touch(e.ctx, out, probeTime, nil))
 	})
 }
 
