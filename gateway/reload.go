@@ -5,6 +5,7 @@ package gateway
 import (
 	"context"
 	"fmt"
+	"hash/maphash"
 	"runtime"
 	"slices"
 	"sync"
@@ -37,6 +38,8 @@ type reloader struct {
 	bad  uint64
 	old  []*generation // not current any more, and with connections when it was looked at last
 
+	seed  maphash.Seed             // of fingerprints
+	read  atomic.Uint64            // fingerprint of the files when they were read last, if they are watched
 	lists atomic.Pointer[[]string] // files that the map named when it was read last, with a mistake in it or not
 }
 
@@ -54,6 +57,7 @@ func (g *Gateway) Reload() Reloaded {
 }
 
 func (g *Gateway) reload(r *Reloaded) {
+	g.noteFiles()
 	c, problems := readConfig(g.settings)
 	lists := c.ListFiles()
 	g.reloads.lists.Store(&lists)
