@@ -4,6 +4,7 @@ package gateway
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -11,12 +12,14 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/pires/go-proxyproto"
+	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
@@ -59,11 +62,11 @@ const (
 	firstChecks = time.Second
 )
 
-// prober asks whether a server is fit, over a connection to it that has been made. TCP needs no more than that.
+// prober asks whether a server is fit, over a connection to it that has been made.
 type prober func(ctx context.Context, conn net.Conn, c *check) error
 
-// probers are the ways to check, by the word of check=.
-var probers = map[string]prober{"tcp": probeTCP, "tls": probeTLS, "http": probeHTTP, "starttls": probeStartTLS}
+// probers are the ways to check, by the word of check=. TCP needs none.
+var probers = map[string]prober{"tls": probeTLS, "http": probeHTTP, "starttls": probeStartTLS}
 
 // check has those servers checked for which the generation's rules want it, and no others. The keeper's lock is held.
 func (k *keeper) check(gen *generation) {
@@ -162,9 +165,7 @@ func (k *keeper) runCheck(e *errand, c *check) time.Duration {
 		return jittered(asked.every)
 	}
 	began := time.Now()
-	ctx, cancel := context.WithTimeout(e.ctx, min(asked.every, maxCheckTime))
-	err := asked.ask(ctx)
-	cancel()
+	err := asked.ask(e.ctx, min(asked.every, maxCheckTime))
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if e.stopped() {
@@ -207,20 +208,30 @@ func (k *keeper) judge(s *server) {
 }
 
 // ask makes a connection as the rule does, and has the prober look at it.
-func (c *check) ask(ctx context.Context) error {
-	conn, err := dialServer(ctx, c.server, c.out, maxCheckTime)
+func (c *check) ask(ctx context.Context, patience time.Duration) error {
+	var words []byte
+	if c.proxy != natmap.ProxyOff {
+		words = localHeader(c.proxy)
+	}
+	probe := probers[c.how.Kind]
+	if probe == nil {
+		return c.server.touch(ctx, c.out, patience, words)
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	conn, err := dialServer(ctx, c.server, c.out)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) }) // its time is over, or the gateway's
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(longAgo) }) // its time is over, or the gateway's
 	defer stop()
-	if c.proxy != natmap.ProxyOff {
-		if _, err := conn.Write(localHeader(c.proxy)); err != nil {
+	if len(words) > 0 {
+		if _, err := conn.Write(words); err != nil {
 			return plainNetError(err)
 		}
 	}
-	return plainNetError(probers[c.how.Kind](ctx, conn, c))
+	return plainNetError(probe(ctx, conn, c))
 }
 
 // localHeader is the PROXY header of a connection that is no client's (PROXY protocol, sections 2.1 and 2.2: UNKNOWN, and
@@ -233,8 +244,6 @@ func localHeader(v natmap.ProxyVersion) []byte {
 	b, _ := h.Format() // it has nothing that could not be written
 	return b
 }
-
-func probeTCP(context.Context, net.Conn, *check) error { return nil }
 
 func probeTLS(ctx context.Context, conn net.Conn, c *check) error {
 	_, err := c.encrypted(ctx, conn, c.speaks)
@@ -302,8 +311,8 @@ func probeHTTP(ctx context.Context, conn net.Conn, c *check) error {
 }
 
 // dialServer connects to a server beside the loops, from where the rule says.
-func dialServer(ctx context.Context, s *server, out *outbound, patience time.Duration) (net.Conn, error) {
-	d := net.Dialer{Timeout: patience, KeepAlive: -1}
+func dialServer(ctx context.Context, s *server, out *outbound) (net.Conn, error) {
+	d := net.Dialer{KeepAlive: -1}
 	network, address := "tcp", s.addr.String()
 	if s.unix != "" {
 		network, address = "unix", s.unix
@@ -312,6 +321,71 @@ func dialServer(ctx context.Context, s *server, out *outbound, patience time.Dur
 	}
 	c, err := d.DialContext(ctx, network, address)
 	return c, plainNetError(err)
+}
+
+// touch finds out whether a server can be connected to, from where the rule says; it hears the words, if there are any,
+// and the end. A server of this machine has answered when connect(2) is asked again; others are waited for. A net.Dialer
+// with what it takes to stop it costs twice as much.
+//
+//	socket, connect -> EINPROGRESS, connect -> 0 or why not, close
+//	socket, connect -> EINPROGRESS, connect -> EALREADY, epoll_ctl, park, connect, close
+func (s *server) touch(ctx context.Context, out *outbound, patience time.Duration, words []byte) error {
+	sa, family := s.sockaddr()
+	if family == unix.AF_UNIX {
+		out = nil
+	}
+	fd, err := out.connect(family, 0, sa, func(fd int) error { return out.begin(fd, family, netip.Addr{}, false) })
+	if fd < 0 {
+		return err
+	}
+	if errors.Is(err, unix.EINPROGRESS) {
+		err = unix.Connect(int(fd), sa)
+	}
+	if errors.Is(err, unix.EALREADY) {
+		f := os.NewFile(uintptr(fd), s.name)
+		defer f.Close()
+		err = await(ctx, f, sa, patience)
+	} else {
+		defer unix.Close(int(fd))
+	}
+	switch {
+	case err != nil:
+		return plainNetError(err)
+	case localAddr(fd) == s.addr && s.unix == "": // nobody listens, and the kernel has chosen this very port for us
+		return unix.ECONNREFUSED
+	case len(words) > 0:
+		if _, e := sysWrite(fd, words); e != 0 { // a fresh socket has room for a header
+			return e
+		}
+	}
+	return nil
+}
+
+// await waits for a connect to succeed or to fail.
+func await(ctx context.Context, f *os.File, sa unix.Sockaddr, patience time.Duration) error {
+	if err := f.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetDeadline(longAgo) })
+	defer stop()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var answer error
+	err = raw.Write(func(fd uintptr) bool {
+		answer = unix.Connect(int(fd), sa)
+		return !errors.Is(answer, unix.EALREADY)
+	})
+	return cmp.Or(err, answer)
+}
+
+// sockaddr is where the server listens, and the family of that.
+func (s *server) sockaddr() (unix.Sockaddr, int) {
+	if s.unix != "" {
+		return &unix.SockaddrUnix{Name: s.unix}, unix.AF_UNIX
+	}
+	return sockaddrOf(s.addr)
 }
 
 // plainNetError is an error without the addresses, which whoever reads it knows.

@@ -333,18 +333,23 @@ func (d *dialling) socket(c *conn, to *server, early bool) (int32, error) {
 		}
 		return fd, nil
 	}
-	if to.unix != "" {
-		return connectTo(unix.AF_UNIX, 0, &unix.SockaddrUnix{Name: to.unix}, func(int) error { return nil })
+	sa, family := to.sockaddr()
+	if family == unix.AF_UNIX {
+		return connectTo(family, 0, sa, func(int) error { return nil })
 	}
 	out := c.route.outbound
-	sa, family := sockaddrOf(to.addr)
+	return out.connect(family, out.protocol(), sa, func(fd int) error {
+		setNodelay(int32(fd)) // keepalive comes with the first silence: park
+		delayAcks(int32(fd))  // that of the connection itself goes with the first request, or see ackNow
+		return out.begin(fd, family, c.report.source.Addr(), early)
+	})
+}
+
+// connect tells a socket to connect, from another port of the source where the one is in use.
+func (o *outbound) connect(family, protocol int, sa unix.Sockaddr, prepare func(fd int) error) (int32, error) {
 	for tried := 1; ; tried++ {
-		fd, err := connectTo(family, out.protocol(), sa, func(fd int) error {
-			setNodelay(int32(fd)) // keepalive comes with the first silence: park
-			delayAcks(int32(fd))  // that of the connection itself goes with the first request, or see ackNow
-			return out.begin(fd, family, c.report.source.Addr(), early)
-		})
-		if !out.again(err, tried) {
+		fd, err := connectTo(family, protocol, sa, prepare)
+		if !o.again(err, tried) {
 			return fd, err
 		}
 	}

@@ -66,7 +66,7 @@ func TestListenersTakeEarlyData(t *testing.T) {
 }
 
 // unused is a port on which nobody listens, below those that the kernel gives to outgoing connections.
-func unused(t *testing.T) int {
+func unused(t testing.TB) int {
 	t.Helper()
 	for range 1000 {
 		port := 10000 + rand.IntN(20000)

@@ -74,7 +74,7 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 		g.kernel = probeKernel()
 	}
 	g.keeper = newKeeper(g)
-	g.idBase = newIDBase()
+	g.idBase, g.reloads.seed = newIDBase(), maphash.MakeSeed()
 	g.loops = make([]*loop, c.Settings.Loops)
 	for i := range g.loops {
 		if g.loops[i], err = newLoop(g, i); err != nil {
@@ -130,9 +130,8 @@ func (g *Gateway) Start() error {
 	g.keeper.adopt(gen)
 	g.ended.Go(func() { trim(ctx) })
 	if g.settings.Watch == "on" {
-		seed := maphash.MakeSeed()
-		served := fingerprint(seed, g.files()) // now: a change after Start is noticed
-		g.ended.Go(func() { g.watch(ctx, seed, served) })
+		g.noteFiles() // now: a change after Start is noticed
+		g.ended.Go(func() { g.watch(ctx) })
 	}
 	g.ended.Go(g.demo.serve)
 	return nil

@@ -29,6 +29,7 @@ type generation struct {
 	profiles map[string]*profile
 	names    map[*name][]*route // of backends, that have to be looked up
 	cuts     bool               // a rule says on-down=cut, or one of an earlier generation did
+	drains   bool               // a rule of an earlier generation says drain=
 	gates    gates
 	open     atomic.Int64 // connections that run under it
 
@@ -72,6 +73,7 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 	}
 	gen := &generation{number: g.generations.Add(1), made: time.Now(), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules)),
 		byKey: make(map[ruleKey]*route, len(c.Map.Rules)), profiles: map[string]*profile{}, names: map[*name][]*route{}, cuts: last.cuts}
+	gen.drains = last.drains || last.config != nil && slices.ContainsFunc(last.config.Map.Rules, func(r *natmap.Rule) bool { return r.Options.Drain > 0 })
 	for i, rule := range c.Map.Rules {
 		r := &route{use: new(usage), rule: rule, index: i, label: fmt.Sprintf("%s:%d", rule.Pos.File, rule.Pos.Line), proxy: rule.Options.Proxy}
 		r.idle = fallback(rule.Options.Idle, g.settings.IdleTimeout)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -28,6 +29,7 @@ type layout struct {
 	plain   []endpoint      // that have a socket on each loop
 	steered []natmap.Listen // that have not: by address and port, none touches another
 	anchors []endpoint      // where the sockets are bound that serve them: a port of theirs for each address
+	beside  int             // plain ones that are of wide ranges
 }
 
 // runs are the ports of a map as ranges that don't touch, by address and port.
@@ -55,11 +57,14 @@ func (old *layout) next(m *natmap.Map, steer bool) *layout {
 	had := setOf(old.plain)
 	l := &layout{}
 	for _, run := range runs(m) {
-		wide := steer && isWide(run)
+		wide := isWide(run)
 		for port := int(run.Lo); port <= int(run.Hi); port++ {
 			e := endpoint{run.Addr, uint16(port)}
-			if had[e] || !wide && !old.steers(e) {
+			if had[e] || !(wide && steer) && !old.steers(e) {
 				l.plain = append(l.plain, e)
+				if wide {
+					l.beside++
+				}
 			} else {
 				l.steered = extend(l.steered, natmap.Listen{Addr: e.addr, Lo: e.port, Hi: e.port})
 			}
@@ -183,6 +188,36 @@ type listening struct {
 	*layout
 	wide     map[endpoint]*wideGroup
 	steering steer.Steering
+	status   atomic.Pointer[ListeningStatus]
+}
+
+// ListeningStatus is how the ports of the map are listened on.
+type ListeningStatus struct {
+	Sockets int    `json:"sockets"`           // on all loops
+	Steered int    `json:"ports_steered"`     // that share a socket on each loop
+	Beside  int    `json:"ports_not_steered"` // of wide ranges, that have a socket of their own on each loop
+	Reason  string `json:"reason,omitempty"`  // why they have
+}
+
+// status is what the layout comes to on so many loops. why is the reason that wide ranges can't be steered.
+func (l *layout) status(loops int, why error) *ListeningStatus {
+	s := &ListeningStatus{Sockets: loops * len(l.sockets()), Steered: l.ports(), Beside: l.beside}
+	switch {
+	case s.Beside == 0:
+	case why != nil:
+		s.Reason = steer.Reason(why)
+	default:
+		s.Reason = "a port that stays over a reload keeps its socket until the next start"
+	}
+	return s
+}
+
+// ports is how many are steered.
+func (l *layout) ports() (n int) {
+	for _, s := range l.steered {
+		n += s.Len()
+	}
+	return n
 }
 
 // wideGroup are the listeners of many ports, one for each loop.
@@ -196,6 +231,7 @@ type opening struct {
 	*layout
 	opened  []*listener
 	program *steer.Program // nil: what is steered stays as it is
+	why     error          // that wide ranges are not steered
 }
 
 func (o *opening) discard() {
@@ -216,7 +252,8 @@ func (g *Gateway) openPorts(gen *generation) (*opening, error) {
 		o, err = g.openLayout(gen, g.ports.next(m, false))
 	}
 	if err == nil {
-		g.tellPorts(o, why)
+		o.why = why
+		g.tellPorts(o)
 	}
 	return o, err
 }
@@ -292,6 +329,7 @@ func (g *Gateway) wideRules(gen *generation, o *opening) map[endpoint]*wideRules
 		groups[a], all[a] = &wideGroup{group.first, w}, w
 	}
 	g.ports.layout, g.ports.wide = o.layout, groups
+	g.ports.status.Store(o.layout.status(len(g.loops), o.why))
 	return all
 }
 
@@ -398,22 +436,18 @@ func (g *Gateway) probe(all []endpoint) error {
 	return errors.Join(errs...)
 }
 
-// tellPorts says in the log what the wide ranges cost. why is the reason that they aren't steered.
-func (g *Gateway) tellPorts(o *opening, why error) {
+// tellPorts says in the log what the wide ranges cost.
+func (g *Gateway) tellPorts(o *opening) {
 	sockets := zap.Int("sockets", len(o.opened))
 	if o.program != nil {
-		ports := 0
-		for _, l := range o.steered {
-			ports += l.Len()
-		}
-		g.log.Info("wide port ranges are steered", zap.Int("ports", ports), sockets)
+		g.log.Info("wide port ranges are steered", zap.Int("ports", o.ports()), sockets)
 		if n := g.ports.steering.Others(o.program); n > 0 {
 			g.log.Warn("others steer connections in this network namespace, too: of programs that name a socket the one attached last decides",
 				zap.Int("sk_lookup_programs", n))
 		}
-	} else if why != nil && len(o.opened) >= wideRange {
+	} else if o.why != nil && len(o.opened) >= wideRange {
 		g.log.Warn("wide port ranges have a socket for each port and loop: they can't be steered", sockets, zap.Int("ports", len(o.opened)/len(g.loops)),
-			zap.String("reason", steer.Reason(why)))
+			zap.String("reason", steer.Reason(o.why)))
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/steer"
 	"github.com/tlsnat/tlsnat/natmap"
@@ -103,6 +104,29 @@ func TestNarrowAndWideRangesAreToldApart(t *testing.T) {
 		l := (&layout{}).next(m, true)
 		if len(l.plain) != c.plain || !slices.Equal(l.steered, c.steered) || !slices.Equal(l.spans(), c.spans) {
 			t.Errorf("%s:\n%d have sockets, %v are steered: %v\nwant %d, %v: %v", c.text, len(l.plain), l.steered, l.spans(), c.plain, c.steered, c.spans)
+		}
+	}
+}
+
+// TestListeningIsTold: how many sockets, how many ports are steered, and why those are not that could be.
+func TestListeningIsTold(t *testing.T) {
+	const narrow, wide = ":443 -> 10.0.0.1:1 mode=tcp; :2000-2009 -> 10.0.0.1:= mode=tcp", ":443 -> 10.0.0.1:1 mode=tcp; :2000-2999 -> 10.0.0.1:= mode=tcp"
+	first := (&layout{}).next(mustParse(t, narrow), true)
+	grown := first.next(mustParse(t, wide), true)
+	for _, c := range []struct {
+		name string
+		*layout
+		why  error
+		want ListeningStatus
+	}{
+		{"no wide range", first, nil, ListeningStatus{Sockets: 22}},
+		{"steered", (&layout{}).next(mustParse(t, wide), true), nil, ListeningStatus{Sockets: 4, Steered: 1000}},
+		{"no right", (&layout{}).next(mustParse(t, wide), false), unix.EPERM, ListeningStatus{Sockets: 2002, Beside: 1000, Reason: steer.Reason(unix.EPERM)}},
+		{"a range that has grown", grown, nil, ListeningStatus{Sockets: 24, Steered: 990, Beside: 10, Reason: "a port that stays over a reload keeps its socket until the next start"}},
+		{"one that has shrunk", grown.next(mustParse(t, ":2005-2014 -> 10.0.0.1:= mode=tcp"), true), nil, ListeningStatus{Sockets: 12, Steered: 5}},
+	} {
+		if got := c.status(2, c.why); *got != c.want {
+			t.Errorf("%s: %+v, want %+v", c.name, *got, c.want)
 		}
 	}
 }

@@ -5,6 +5,7 @@ package gateway
 import (
 	"context"
 	"fmt"
+	"hash/maphash"
 	"runtime"
 	"slices"
 	"sync"
@@ -37,6 +38,8 @@ type reloader struct {
 	bad  uint64
 	old  []*generation // not current any more, and with connections when it was looked at last
 
+	seed  maphash.Seed             // of fingerprints
+	read  atomic.Uint64            // fingerprint of the files when they were read last, if they are watched
 	lists atomic.Pointer[[]string] // files that the map named when it was read last, with a mistake in it or not
 }
 
@@ -54,6 +57,7 @@ func (g *Gateway) Reload() Reloaded {
 }
 
 func (g *Gateway) reload(r *Reloaded) {
+	g.noteFiles()
 	c, problems := readConfig(g.settings)
 	lists := c.ListFiles()
 	g.reloads.lists.Store(&lists)
@@ -106,7 +110,7 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 	if err := g.steer(o); err != nil { // as unlikely as it gets: it was loaded
 		r.Problems = append(r.Problems, "ports that are new in wide ranges are not served: "+err.Error())
 	}
-	g.retireRules(last, gen)
+	g.retireRules(gen)
 	g.close(without(had, o.sockets()))
 	g.forgetBefore()
 	r.OK, r.Generation = true, gen.number
@@ -222,24 +226,24 @@ func (g *Gateway) close(gone []endpoint) {
 	})
 }
 
-// retireRules gives the connections of rules that are gone, and that say drain=, so long to end.
-func (g *Gateway) retireRules(last, gen *generation) {
-	gone := map[*route]bool{}
-	for rule, r := range last.routes {
-		if rule.Options.Drain > 0 && gen.byKey[keyOf(rule)] == nil {
-			gone[r] = true
-		}
-	}
-	if len(gone) == 0 {
+// retireRules gives the connections of rules that the generation has not, and that say drain=, so long to end. Those whose
+// rule is not known yet heed that when it is (enter).
+func (g *Gateway) retireRules(gen *generation) {
+	if !gen.drains {
 		return
 	}
-	g.onLoops(func(l *loop) {
-		for c := range l.conns {
-			if gone[c.route] {
-				c.retire(int64(c.route.rule.Options.Drain))
-			}
+	g.eachConn(func(c *conn) {
+		if c.route != nil && c.gen.number < gen.number {
+			c.retireUnder(gen)
 		}
 	})
+}
+
+// retireUnder has a connection whose rule says drain= end in time, if the generation does not have its rule.
+func (c *conn) retireUnder(gen *generation) {
+	if d := c.route.rule.Options.Drain; d > 0 && gen.byKey[keyOf(c.route.rule)] == nil {
+		c.retire(int64(d))
+	}
 }
 
 // retire has a connection whose rule is gone end within d nanoseconds.

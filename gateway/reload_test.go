@@ -325,6 +325,29 @@ func TestDrainOptionEndsConnectionsOfARemovedRule(t *testing.T) {
 	exchange(t, stays, []byte("without drain= it goes on until it ends"))
 }
 
+// TestDrainOptionReachesWhoBeganEarlier: before a reload that still had the rule; and whose hello comes after the one that
+// has it no more.
+func TestDrainOptionReachesWhoBeganEarlier(t *testing.T) {
+	beside(t)
+	backend := echoServer(t)
+	v := startLive(t, ":{0} edge.test -> "+backend+" drain=300ms")
+	early := v.dialTLS(t, 0, nil)
+	exchange(t, early, []byte("x"))
+	v.reload(t, ":{0} edge.test -> "+backend+" drain=300ms idle=1m")
+	silent := v.dial(t, 0)
+	until(t, "the connection is accepted", func() bool { return len(v.conns(t, 10)) == 2 })
+	v.reload(t, ":{0} b.wild.test -> "+backend)
+	late := tls.Client(silent, clientConfig(t, nil))
+	if err := late.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []*tls.Conn{early, late} {
+		if l := v.lineOf(t, c.NetConn()); l.Outcome != "drained" {
+			t.Errorf("outcome %s", l.Outcome)
+		}
+	}
+}
+
 // TestWatchSeesWhatKubernetesDoes swaps a directory by a symbolic link, as a mounted ConfigMap is.
 func TestWatchSeesWhatKubernetesDoes(t *testing.T) {
 	beside(t)

@@ -302,11 +302,7 @@ func (k *keeper) ejected(s *server, out *outbound, why string) {
 	}
 	s.probe.stop()
 	s.probe = k.errands.start(k.pause(s), func(e *errand) time.Duration {
-		c, err := dialServer(e.ctx, s, out, probeTime)
-		if err == nil {
-			_ = c.Close()
-		}
-		return k.probed(e, s, err)
+		return k.probed(e, s, s.touch(e.ctx, out, probeTime, nil))
 	})
 }
 
@@ -331,23 +327,21 @@ func (k *keeper) probed(e *errand, s *server, err error) time.Duration {
 }
 
 // cutConnections ends the connections to a server, of rules that say on-down=cut. Those that are about to have one look
-// for another.
+// for another. Who comes from here on has not chosen it, unless it is back already.
 func (g *Gateway) cutConnections(s *server, why string) {
 	if !g.cuts() {
 		return
 	}
-	for _, l := range g.loops {
-		l.post(func() {
-			for c := range l.conns {
-				switch {
-				case c.server == s && c.route.onDown == natmap.Cut:
-					c.loseServer(why)
-				case c.dial != nil && c.dial.rivalServer == s && c.route.onDown == natmap.Cut:
-					c.dropRival()
-				}
-			}
-		})
-	}
+	now := int64(time.Since(g.started))
+	g.eachConn(func(c *conn) {
+		switch {
+		case c.report.accepted > now:
+		case c.server == s && c.route.onDown == natmap.Cut:
+			c.loseServer(why)
+		case c.dial != nil && c.dial.rivalServer == s && c.route.onDown == natmap.Cut:
+			c.dropRival()
+		}
+	})
 }
 
 // loseServer is for a connection whose server must not be used any more, however far it has come with it: MySQL's clients

@@ -38,6 +38,8 @@ type Status struct {
 	Ports        int      `json:"ports"`  // listened on
 	Listens      []string `json:"listen"` // the ports as ranges, at most maxListens of them
 
+	Listening ListeningStatus `json:"listening"` // how
+
 	Reloads ReloadCounts `json:"reloads"`
 	PerLoop []LoopStatus `json:"per_loop"`
 }
@@ -152,6 +154,7 @@ func (g *Gateway) Status() Status {
 			s.Listens = append(s.Listens, l.String())
 		}
 	}
+	s.Listening = g.Listening()
 	s.Reloads.Since, s.Generations = gen.made, 1+len(g.reloads.living())
 	s.Reloads.Last, s.Reloads.OK, s.Reloads.Failed = g.LastReload()
 	for _, l := range g.loops {
@@ -161,6 +164,14 @@ func (g *Gateway) Status() Status {
 	}
 	g.sum(&s)
 	return s
+}
+
+// Listening is how the ports of the map are listened on: nothing before Start.
+func (g *Gateway) Listening() ListeningStatus {
+	if s := g.ports.status.Load(); s != nil {
+		return *s
+	}
+	return ListeningStatus{}
 }
 
 // sum reads the ends before the beginnings, so that never more connections have ended than were accepted.

@@ -145,6 +145,31 @@ func TestALoopIsAskedALittleAtATime(t *testing.T) {
 	}
 }
 
+// TestManyAreEndedALittleAtATime: where something is done to connections that takes a while a turn has fewer of them, and
+// all of them have their turn, once.
+func TestManyAreEndedALittleAtATime(t *testing.T) {
+	const all, each = 2000, glanceTime / 4
+	l := crowd(t, all)
+	l.gw.started = time.Now()
+	turns, done, ofTurn := 0, map[*conn]bool{}, 0
+	l.gw.eachConn(func(c *conn) {
+		for began := l.clock(); l.clock()-began < int64(each); {
+		}
+		done[c] = true
+		delete(l.conns, c)
+		ofTurn++
+	})
+	for ; len(l.posted) > 0; turns++ {
+		ofTurn = 0
+		if l.runPosted(); ofTurn > int(glanceTime/each)+glimpse {
+			t.Fatalf("a turn ended %d connections, each in %v", ofTurn, each)
+		}
+	}
+	if len(done) != all || len(l.conns) != 0 {
+		t.Errorf("%d of %d were ended in %d turns", len(done), all, turns)
+	}
+}
+
 // TestASurveyEndsWithWhoAsked, and with the connections.
 func TestASurveyEndsWithWhoAsked(t *testing.T) {
 	l := crowd(t, 3*glance)

@@ -247,6 +247,9 @@ func (c *conn) enter(r *route) {
 	if r.lifetime > 0 {
 		c.end = c.report.accepted + int64(r.lifetime)
 	}
+	if gen := c.loop.gw.current.Load(); c.gen.number < gen.number {
+		c.retireUnder(gen) // a reload was quicker than its hello
+	}
 }
 
 // act goes the way that the rule names, if its gate lets the client through.

@@ -11,11 +11,17 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // A loop looks at so many of its connections in one turn when it is asked about them, some 100 µs (BenchmarkGlance).
-// Between two turns it serves everybody else, however many connections it has.
-const glance = 256
+// Between two turns it serves everybody else, however many connections it has. A turn that has taken twice as long is
+// over, too: to end a connection takes 60 µs, so it asks for the time after each few.
+const (
+	glance     = 256
+	glanceTime = 200 * time.Microsecond
+	glimpse    = 4
+)
 
 // survey is a walk over all connections of a loop. Those that begin meanwhile may be missed.
 type survey struct {
@@ -37,13 +43,16 @@ func (s *survey) begin() {
 
 // turns is a walk over the map that rests after each turn: the next one goes on in the same walk.
 func (s *survey) turns(yield func(struct{}) bool) {
-	n := 0
+	n, began := 0, s.loop.clock()
 	for c := range s.loop.conns {
 		if c.stage != over {
 			s.see(c)
 		}
-		if n++; n%glance == 0 && !yield(struct{}{}) {
-			return
+		if n++; n == glance || n%glimpse == 0 && s.loop.clock()-began > int64(glanceTime) {
+			if !yield(struct{}{}) {
+				return
+			}
+			n, began = 0, s.loop.clock()
 		}
 	}
 }
@@ -57,6 +66,13 @@ func (s *survey) turn() {
 	}
 	s.stop()
 	s.done()
+}
+
+// eachConn has every loop do something to each of its connections, a few a turn, and does not wait for that.
+func (g *Gateway) eachConn(do func(*conn)) {
+	for _, l := range g.loops {
+		l.post(func() { (&survey{loop: l, ctx: context.Background(), see: do, done: func() {}}).begin() })
+	}
 }
 
 // viewer looks at the connections of one loop, and says then what it has seen.

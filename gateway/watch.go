@@ -20,9 +20,8 @@ const (
 
 // watch reloads when what was read is not what is there any more. It looks at files by their names, as the next reload
 // will: so it sees what editors rename, what Kubernetes swaps by a symbolic link, and files that are mounted one by
-// one or over a network, none of which inotify tells of reliably. A change counts once it has come to rest, so that a
-// certificate isn't read without its key. served is the fingerprint of what the gateway runs with.
-func (g *Gateway) watch(ctx context.Context, seed maphash.Seed, served uint64) {
+// one or over a network, none of which inotify tells of reliably.
+func (g *Gateway) watch(ctx context.Context) {
 	pause, before := watchEvery, uint64(0)
 	for {
 		select {
@@ -31,13 +30,27 @@ func (g *Gateway) watch(ctx context.Context, seed maphash.Seed, served uint64) {
 		case <-time.After(pause):
 		}
 		began := time.Now()
-		now := fingerprint(seed, g.files())
-		if now != served && now == before {
-			served = now // with a mistake in it, too: the next change is the next attempt
+		var changed bool
+		if changed, before = g.changed(before); changed {
 			g.Reload()
 		}
-		before = now
 		pause = max(watchEvery, watchShare*time.Since(began))
+	}
+}
+
+// changed says whether the files are not those that were read last, by whatever asked for it and with a mistake in them
+// or not: the next change is the next attempt. before is how they were the last time, now how they are: a change counts
+// once it has come to rest, so that a certificate isn't read without its key.
+func (g *Gateway) changed(before uint64) (changed bool, now uint64) {
+	now = fingerprint(g.reloads.seed, g.files())
+	return now != g.reloads.read.Load() && now == before, now
+}
+
+// noteFiles takes the fingerprint of the files that are going to be read: what changes from here on is a change. A file
+// that the map comes to name only now is one, too, and is read twice.
+func (g *Gateway) noteFiles() {
+	if g.settings.Watch == "on" {
+		g.reloads.read.Store(fingerprint(g.reloads.seed, g.files()))
 	}
 }
 

@@ -430,6 +430,21 @@ func TestAdminInsideARangeIsAnError(t *testing.T) {
 	}
 }
 
+// TestStatusTellsWhatIsSteered: of the ports that are served now.
+func TestStatusTellsWhatIsSteered(t *testing.T) {
+	if err := steer.Probe(); err != nil {
+		missing(t, "can't steer here: "+steer.Reason(err))
+	}
+	v := startLive(t, ":{0-69} -> "+echoServer(t)+" mode=tcp")
+	if l := v.gateway.Status().Listening; l != (gateway.ListeningStatus{Sockets: 2, Steered: 70}) {
+		t.Errorf("%+v", l)
+	}
+	v.reload(t, ":{3} -> 127.0.0.1:1 mode=tcp; :{5} -> 127.0.0.1:1 mode=tcp")
+	if l := v.gateway.Status().Listening; l != (gateway.ListeningStatus{Sockets: 2, Steered: 2}) {
+		t.Errorf("after a reload %+v", l)
+	}
+}
+
 // TestKTLSCarriesSteeredConnections: a socket that came by way of a sockmap's listener is like any other.
 func TestKTLSCarriesSteeredConnections(t *testing.T) {
 	k := needKernelTLS(t)

@@ -189,6 +189,17 @@ func showMap(w io.Writer, a admin.MapAnswer) {
 		row(w, r.Listen, name, to, r.Mode, r.Open, r.Total, r.Rule)
 	}
 	more(w, len(a.Rules), a.Total)
+	showListening(w, a.Listening)
+}
+
+// showListening says of wide port ranges how they are listened on. Of other ports there is nothing to say.
+func showListening(w io.Writer, l gateway.ListeningStatus) {
+	if l.Steered > 0 {
+		fmt.Fprintf(w, "\n%s are steered; %s for all ports and loops\n", count(l.Steered, "port"), count(l.Sockets, "socket"))
+	}
+	if l.Beside > 0 {
+		fmt.Fprintf(w, "\n%s of wide ranges not steered, but with a socket on each loop: %s\n", count(l.Beside, "port"), printable(l.Reason))
+	}
 }
 
 func showConns(w io.Writer, a admin.ConnsAnswer) {

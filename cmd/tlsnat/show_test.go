@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
 )
 
@@ -55,6 +56,25 @@ func TestShowConnsOfSomebody(t *testing.T) {
 	}
 	if out, code := r.ask(t, "show", "conns", "--limit", "1001"); code != exitCannot || !strings.Contains(out, "write limit= with a number from 0 to 1000") {
 		t.Errorf("exit code %d: %s", code, out)
+	}
+}
+
+// TestShowMapTellsHowPortsAreListenedOn where ranges are wide, and why they are not steered.
+func TestShowMapTellsHowPortsAreListenedOn(t *testing.T) {
+	for _, c := range []struct {
+		is   gateway.ListeningStatus
+		want string
+	}{
+		{gateway.ListeningStatus{Sockets: 6}, ""},
+		{gateway.ListeningStatus{Sockets: 4, Steered: 50_000}, "\n50000 ports are steered; 4 sockets for all ports and loops\n"},
+		{gateway.ListeningStatus{Sockets: 1000, Beside: 500, Reason: "the right is missing"},
+			"\n500 ports of wide ranges not steered, but with a socket on each loop: the right is missing\n"},
+	} {
+		var out strings.Builder
+		showMap(&out, admin.MapAnswer{Listening: c.is})
+		if _, behind, _ := strings.Cut(out.String(), "RULE\n"); behind != c.want {
+			t.Errorf("%+v: %q, want %q", c.is, behind, c.want)
+		}
 	}
 }
 

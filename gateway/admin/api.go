@@ -35,11 +35,13 @@ type StatusAnswer struct {
 	gateway.Status
 }
 
-// MapAnswer is GET /api/v1/map: the rules in the map's order, and how many there are in all.
+// MapAnswer is GET /api/v1/map: the rules in the map's order, how many there are in all, and how their ports are listened
+// on.
 type MapAnswer struct {
-	Generation uint64             `json:"generation"`
-	Total      int                `json:"total"`
-	Rules      []gateway.RuleInfo `json:"rules"`
+	Generation uint64                  `json:"generation"`
+	Total      int                     `json:"total"`
+	Rules      []gateway.RuleInfo      `json:"rules"`
+	Listening  gateway.ListeningStatus `json:"listening"`
 }
 
 // ConnsAnswer is GET /api/v1/conns.
@@ -122,7 +124,7 @@ func (s *Server) endpoints() []Endpoint {
 		reads("status", "how the gateway is doing, counts since its start", func(context.Context) any { return StatusAnswer{s.version, s.status()} }),
 		lists("map", someEntries, maxEntries, "the rules that are served", func(_ context.Context, limit int) any {
 			status := g.Status()
-			return MapAnswer{status.Generation, status.Rules, g.Rules(limit)}
+			return MapAnswer{status.Generation, status.Rules, g.Rules(limit), status.Listening}
 		}),
 		s.connsEndpoint(),
 		lists("backends", someEntries, maxEntries, "the addresses that backends lead to, those that are not up first",

@@ -41,6 +41,7 @@ var (
 	bytesDesc      = desc("bytes_total", "Bytes carried, without TLS around them: up is client to backend.", "direction")
 	handshakesDesc = desc("handshakes_total", "TLS handshakes with clients that were finished, by what was agreed on.", "version", "group", "resumed")
 	reloadsDesc    = desc("config_reloads_total", "Attempts to read the configuration again, by result.", "result")
+	portsDesc      = desc("ports", "Ports that are listened on, by how: with a socket of their own on each loop, or steered (sk_lookup) to one that they share.", "how")
 	loopConnsDesc  = desc("loop_connections_accepted_total", "Connections accepted by each event loop.", "loop")
 	loopSlowDesc   = desc("loop_slow_rounds_total", "Rounds of each event loop that took more than 10 ms: its connections waited as long.", "loop")
 	loopLongDesc   = desc("loop_longest_round_seconds", "The longest round of each event loop since the start; 0 while none has taken a millisecond.", "loop")
@@ -55,7 +56,7 @@ var (
 )
 
 var labelledDescs = []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc,
-	fallbackDesc, loopConnsDesc, loopSlowDesc, loopLongDesc, loopLagDesc, certDesc, buildDesc}
+	fallbackDesc, portsDesc, loopConnsDesc, loopSlowDesc, loopLongDesc, loopLagDesc, certDesc, buildDesc}
 
 // sender takes one number.
 type sender func(d *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string)
@@ -103,6 +104,8 @@ var plainMetrics = []struct {
 		func(s *gateway.Status) float64 { return seconds(s.Reloads.Since) }},
 	{desc("config_reload_ok", "0 when the last attempt to read the configuration failed, and the one before is still served."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return number(s.Reloads.Last == nil || s.Reloads.Last.OK) }},
+	{desc("listening_sockets", "Sockets that listen on the ports of the map, on all loops."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Listening.Sockets) }},
 	{desc("certificates", "Certificates that are served."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return float64(s.Certificates) }},
 }
@@ -145,6 +148,8 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	}
 	send(reloadsDesc, prometheus.CounterValue, float64(status.Reloads.OK), "ok")
 	send(reloadsDesc, prometheus.CounterValue, float64(status.Reloads.Failed), "error")
+	send(portsDesc, prometheus.GaugeValue, float64(status.Ports-status.Listening.Steered), "socket")
+	send(portsDesc, prometheus.GaugeValue, float64(status.Listening.Steered), "steered")
 	for i, l := range status.PerLoop {
 		loop := strconv.Itoa(i)
 		send(loopConnsDesc, prometheus.CounterValue, float64(l.Accepted), loop)
