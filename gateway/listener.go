@@ -248,6 +248,10 @@ func (ln *listener) resume() {
 // the socket is closed and from there on SYNs are refused.
 const lastCall = 300 * time.Millisecond
 
+// Where the ports stay that a socket serves, and only its own is gone, nobody knows that it ends: whoever is underway gets
+// time for an answer of ours to be lost, which is sent again after a second (RFC 6298, section 2), and for his own.
+const movedCall = 2 * time.Second
+
 // dropSYN is a classic BPF program for a TCP socket: drop segments with SYN set, take the others. The program sees
 // the TCP header; its flags are in byte 13.
 var dropSYN = []unix.SockFilter{

@@ -89,6 +89,17 @@ func (old *layout) anchorFor(first natmap.Listen, l *layout) endpoint {
 	return endpoint{first.Addr, first.Lo}
 }
 
+// moved are the anchors of the layout before whose addresses have another one now: their own port is gone, and of the
+// others some have stayed, to which clients may be on their way through them.
+func (l *layout) moved(before *layout) (all []endpoint) {
+	for _, a := range without(before.anchors, l.anchors) {
+		if slices.ContainsFunc(l.anchors, func(b endpoint) bool { return b.addr == a.addr }) {
+			all = append(all, a)
+		}
+	}
+	return all
+}
+
 // steers says whether the endpoint has no socket of its own.
 func (l *layout) steers(e endpoint) bool {
 	i, _ := slices.BinarySearchFunc(l.steered, e, func(s natmap.Listen, e endpoint) int {

@@ -131,6 +131,25 @@ func TestListeningIsTold(t *testing.T) {
 	}
 }
 
+// TestAnchorsThatMoveAreTold apart from those that end: where the address has another one.
+func TestAnchorsThatMoveAreTold(t *testing.T) {
+	before := (&layout{}).next(mustParse(t, ":2000-2999 -> 10.0.0.1:= mode=tcp; 192.0.2.1:4000-4999 -> 10.0.0.1:= mode=tcp"), true)
+	one := netip.MustParseAddr("192.0.2.1")
+	for _, c := range []struct {
+		text string
+		want []endpoint
+	}{
+		{":2000-2500 -> 10.0.0.1:= mode=tcp; 192.0.2.1:4000-4999 -> 10.0.0.1:= mode=tcp", nil},
+		{":2001-2999 -> 10.0.0.1:= mode=tcp", []endpoint{{port: 2000}}},
+		{"192.0.2.1:5000-5999 -> 10.0.0.1:= mode=tcp", []endpoint{{one, 4000}}},
+		{":443 -> 10.0.0.1:1 mode=tcp", nil},
+	} {
+		if got := before.next(mustParse(t, c.text), true).moved(before); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v move, want %v", c.text, got, c.want)
+		}
+	}
+}
+
 // TestSteeredPortHasItsOwnRules: those that a socket of its own would serve; and those of the generation before until
 // whoever was on his way has arrived.
 func TestSteeredPortHasItsOwnRules(t *testing.T) {

@@ -95,7 +95,7 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 	for _, p := range gen.resolve(context.Background()) {
 		r.Problems = append(r.Problems, "warning: "+p)
 	}
-	had := g.ports.sockets()
+	had := g.ports.layout
 	o, err := g.openPorts(gen)
 	if err != nil {
 		return err
@@ -111,7 +111,9 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 		r.Problems = append(r.Problems, "ports that are new in wide ranges are not served: "+err.Error())
 	}
 	g.retireRules(gen)
-	g.close(without(had, o.sockets()))
+	moved := o.moved(had)
+	g.close(without(had.sockets(), slices.Concat(o.sockets(), moved)), lastCall)
+	g.close(moved, movedCall)
 	g.forgetBefore()
 	r.OK, r.Generation = true, gen.number
 	return nil
@@ -200,8 +202,8 @@ func (g *Gateway) onLoops(f func(*loop)) {
 }
 
 // close closes the listeners of ports that nobody serves any more, after last calls: whoever believes to be connected
-// is served.
-func (g *Gateway) close(gone []endpoint) {
+// is served. So long they may take to arrive.
+func (g *Gateway) close(gone []endpoint, patience time.Duration) {
 	if len(gone) == 0 {
 		return
 	}
@@ -219,7 +221,7 @@ func (g *Gateway) close(gone []endpoint) {
 		})
 	}
 	each((*listener).lastCalls)
-	time.Sleep(lastCall)
+	time.Sleep(patience)
 	each((*listener).close)
 	g.onLoops(func(l *loop) {
 		l.listeners = slices.DeleteFunc(l.listeners, func(ln *listener) bool { return ln.closing })

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -262,6 +263,43 @@ func hears(host string, port int, words string) error {
 		err = fmt.Errorf("%q, want %q", got, words)
 	}
 	return err
+}
+
+// TestRangeThatLosesItsFirstPortLosesNobody: a client of a port that stays, whose last word of TCP's handshake has been
+// lost when a reload takes out the very port to which the sockets are bound.
+func TestRangeThatLosesItsFirstPortLosesNobody(t *testing.T) {
+	n := newWideNetwork(t)
+	n.sayPort(t, backend4, 10500)
+	w := n.startWide(t, ":10000-10999 -> "+backend4+":= mode=tcp")
+	nft := func(words string) {
+		t.Helper()
+		cmd := exec.Command(program(t, "ip", "iproute2"), append([]string{"netns", "exec", n.client, program(t, "nft", "nftables")}, strings.Fields(words)...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("nft %s: %v: %s", words, err, out)
+		}
+	}
+	nft("add table ip lossy")
+	nft("add chain ip lossy out { type filter hook output priority 0 ; }")
+	nft("add rule ip lossy out tcp dport 10500 tcp flags ack / syn,ack drop")
+	c, err := w.dial(t, edge4, 10500)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(w.file, []byte(":10001-10999 -> "+backend4+":= mode=tcp"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.signal(t, syscall.SIGHUP)
+	nft("delete table ip lossy")
+	w.log.take(t, func(l logLine) bool { return l.Msg == "reloaded" })
+	if _, err := c.Write([]byte{0}); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("%s %5d\n", backend4, 10500)
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(c, got); err != nil || string(got) != want {
+		t.Errorf("%q, %v\n%s", got, err, w.log.text())
+	}
+	w.refuses(t, edge4, 10000)
 }
 
 // TestRemovedWideRangeIsRefusedAtOnce: and who is connected goes on.
