@@ -39,7 +39,7 @@ var refusalTexts = [refusals]string{"",
 	"as many connections are open as conns= lets the rule have",
 	"as many handshakes are under way as handshakes= lets the rule have",
 	Prefix + "MAX_CONNS connections are open",
-	Prefix + "HANDSHAKES hellos wait already",
+	"as many hellos wait already as the loop's part of " + Prefix + "HANDSHAKES lets",
 }
 
 func (r refusal) String() string { return refusalNames[r] }

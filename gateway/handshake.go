@@ -57,8 +57,8 @@ func (q *turnQueue) remove(c *conn) {
 const computing = 2
 
 // queueHandshake lets the client shake hands when it is its turn: at once, as a rule. So many may compute, so many
-// more may wait for their client's answer, and as many hellos again wait here, at the cost of their bytes. When
-// there are more, the one that has waited longest is shed: its client is the most likely to have given up.
+// more may wait for their client's answer, and as many hellos again wait here, at the cost of their bytes. When there
+// are more, the loop sheds the one that has waited longest: its client is the most likely to have given up.
 func (c *conn) queueHandshake() stage {
 	l := c.loop
 	entry := c.certificate()
@@ -107,6 +107,10 @@ func (c *conn) noCertificate() string {
 	return "the client sent no name, and it is not clear which certificate it should see: write cert=NAME into the rule"
 }
 
+// maxInFlight is the loop's part of TLSNAT_HANDSHAKES. A loop can shake hands for its own connections only, and sheds its
+// own oldest: how long a hello waits is what is before it by what its loop does in a second. With a bound for all
+// together one loop's queue could take all of it, its hellos would wait so many times as long, and then be shed for what
+// other loops' clients do.
 func (l *loop) maxInFlight() int { return max(1, l.gw.settings.Handshakes/len(l.gw.loops)) }
 
 // turnFree says whether somebody waits for a turn and may have it.
