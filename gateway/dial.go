@@ -119,10 +119,10 @@ func (c *conn) hangUp() {
 	c.backend = socket{fd: -1, owner: c}
 }
 
-// faulted notes that a server could not be connected to.
+// faulted notes that a server could not be connected to; nil is the demo.
 func (c *conn) faulted(s *server, why string) {
 	c.dial.again = true
-	c.dial.failed(why)
+	c.dial.failedAt(nameOf(s, c.dial.backend), why)
 	c.blame(s, why)
 }
 
@@ -135,19 +135,23 @@ func (c *conn) blame(s *server, why string) {
 	go k.ejected(s, out, "connects fail: "+why)
 }
 
-func (d *dialling) failed(why string) {
+func (d *dialling) failed(why string) { d.failedAt(d.name(), why) }
+
+func (d *dialling) failedAt(name, why string) {
 	const enough = 8 // errors in one log line
 	d.vain++
 	if len(d.errs) < enough && d.round == 0 {
-		d.errs = append(d.errs, d.name()+": "+why)
+		d.errs = append(d.errs, name+": "+why)
 	}
 }
 
-func (d *dialling) name() string {
-	if d.server != nil {
-		return d.server.name
+func (d *dialling) name() string { return nameOf(d.server, d.backend) }
+
+func nameOf(s *server, b *backend) string {
+	if s != nil {
+		return s.name
 	}
-	return d.backend.String()
+	return b.String()
 }
 
 // tryBackends starts connecting to the next candidate that lets itself be tried.

@@ -46,16 +46,15 @@ type Gateway struct {
 	house    *gatehouse
 	keeper   *keeper
 
-	generations atomic.Uint64
-	current     atomic.Pointer[generation]
-	open        atomic.Int64 // connections
-	maxConns    atomic.Int64
-	reloads     reloader
-	ports       listening
-	waiting     atomic.Int64 // connections for which no backend has room, on all loops
-	idBase      uint64
-	draining    atomic.Bool
-	complained  atomic.Int64 // when the last complaint was logged, in unix seconds
+	current    atomic.Pointer[generation]
+	open       atomic.Int64 // connections
+	maxConns   atomic.Int64
+	reloads    reloader
+	ports      listening
+	waiting    atomic.Int64 // connections for which no backend has room, on all loops
+	idBase     uint64
+	draining   atomic.Bool
+	complained atomic.Int64 // when the last complaint was logged, in unix seconds
 
 	stop   context.CancelFunc
 	failed chan error

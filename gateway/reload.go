@@ -64,7 +64,11 @@ func (g *Gateway) reload(r *Reloaded) {
 	for _, p := range problems {
 		r.Problems = append(r.Problems, p.String())
 	}
-	if problems.Errors() || g.Draining() {
+	if g.Draining() {
+		r.Problems = append(r.Problems, "the gateway drains and takes no new configuration; start it again")
+		return
+	}
+	if problems.Errors() {
 		return
 	}
 	if err := g.change(c, r); err != nil {

@@ -476,7 +476,20 @@ func TestReloadAfterTheEndChangesNothing(t *testing.T) {
 	defer cancel()
 	v.gateway.Drain(ctx)
 	v.stopped = true
-	if r := v.gateway.Reload(); r.OK {
-		t.Errorf("reloaded a gateway that is over: %+v", r)
+	if r := v.gateway.Reload(); r.OK || len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "drains") {
+		t.Errorf("reloaded a gateway that is over, or not said why not: %+v", r)
+	}
+}
+
+// TestGenerationsAreNumberedInARow: one that came to nothing has no number.
+func TestGenerationsAreNumberedInARow(t *testing.T) {
+	rule := ":{0} -> " + echoServer(t) + " mode=tcp"
+	v := startLive(t, rule)
+	v.write(t, rule+"\n:"+strings.TrimPrefix(echoServer(t), "127.0.0.1:")+" -> demo")
+	if r := v.gateway.Reload(); r.OK || r.Generation != 1 {
+		t.Fatalf("a port that is taken: %+v", r)
+	}
+	if r := v.reload(t, rule+" idle=1h"); r.Generation != 2 {
+		t.Errorf("generation %d comes after the first one", r.Generation)
 	}
 }
