@@ -6,8 +6,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -323,5 +325,27 @@ func TestSlowStartEndsAfterAReload(t *testing.T) {
 			t.Errorf("its slow start was over after %v", age)
 		}
 		warm()
+	}
+}
+
+// TestNamesWaitForDNSTogether: a server that does not answer holds a reload up once, however many names are asked for.
+func TestNamesWaitForDNSTogether(t *testing.T) {
+	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = silent.Close() })
+	var rules strings.Builder
+	for i := range 70 { // more than are asked for at once, twice
+		fmt.Fprintf(&rules, ":%d -> n%d.test:80 mode=tcp\n", i+1, i)
+	}
+	gen := chooser(t, rules.String()).loop.gw.current.Load()
+	gen.config.Settings = Settings{Resolver: silent.LocalAddr().String()}
+	began := time.Now()
+	if problems := gen.resolve(t.Context()); len(problems) != 70 {
+		t.Errorf("%d problems, of 70 names", len(problems))
+	}
+	if took := time.Since(began); took > resolveTimeout+3*time.Second {
+		t.Errorf("names were waited for over %v", took)
 	}
 }

@@ -204,7 +204,7 @@ func (c *conn) searched() stage {
 	case d.full > 0 && d.vain == 0:
 		return c.waitForRoom()
 	case len(d.errs) == 0:
-		return c.unconnected(NoBackend, d.nobody())
+		return c.unconnected(NoBackend, d.nobody(c))
 	case d.again && d.round < r.retries && c.loop.now+pause < d.until:
 		d.round++
 		c.setDeadline(pause)
@@ -214,7 +214,7 @@ func (c *conn) searched() stage {
 }
 
 // nobody says why there was nobody to try.
-func (d *dialling) nobody() string {
+func (d *dialling) nobody(c *conn) string {
 	if d.out == 0 {
 		return "none of the backends has an address"
 	}
@@ -222,13 +222,10 @@ func (d *dialling) nobody() string {
 	var all []string
 	for _, spots := range [...][]spot{d.choices.primary, d.choices.backup} {
 		for i := range spots {
-			if s := spots[i].places[0].server; s != nil && len(all) < enough {
+			if s := spots[i].places[0].at(c, spots[i].backend); s != nil && len(all) < enough {
 				all = append(all, s.name+" is "+s.word()+": "+s.reason())
 			}
 		}
-	}
-	if len(all) == 0 {
-		return "every backend is out"
 	}
 	return strings.Join(all, "; ")
 }

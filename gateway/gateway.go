@@ -123,10 +123,10 @@ func (g *Gateway) Start() error {
 	if g.kernel != nil {
 		g.log.Info("kernel TLS", zap.Stringer("ktls", g.kernel))
 	}
+	g.keeper.adopt(gen)
 	for _, l := range g.loops {
 		go l.run()
 	}
-	g.keeper.adopt(gen)
 	g.ended.Go(func() { trim(ctx) })
 	if g.settings.Watch == "on" {
 		g.noteFiles() // now: a change after Start is noticed

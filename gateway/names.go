@@ -224,12 +224,15 @@ func (k *keeper) name(host string, srv bool) *name {
 }
 
 // resolve looks up the names that lead nowhere yet, and returns what is wrong with those that still do not. Names that
-// were found before have their own time.
+// were found before have their own time. All together get the time of one: a reload does not wait for DNS servers that are
+// away, and the keeper asks for the rest.
 func (gen *generation) resolve(ctx context.Context) (problems []string) {
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, 32) // lookups at once
-	for n, routes := range gen.names {
+	for n := range gen.names {
 		if n.leads.Load() != nil {
 			continue
 		}
@@ -243,10 +246,7 @@ func (gen *generation) resolve(ctx context.Context) (problems []string) {
 				problems = append(problems, fmt.Sprintf("look up backend %s: %v", n.host, err))
 				return
 			}
-			n.leads.Store(&leads)
-			for _, r := range routes {
-				r.choose()
-			}
+			n.leads.Store(&leads) // the routes choose again when the keeper adopts them
 		})
 	}
 	wg.Wait()

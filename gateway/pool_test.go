@@ -878,7 +878,7 @@ func TestBackendOrdersOutliveAddresses(t *testing.T) {
 	for _, i := range []int{1, 3} {
 		l := b.turnedAway(t, i)
 		l.expect(t, logLine{Outcome: "no_backend"})
-		if i == 3 && !strings.Contains(l.Error, "maintenance") {
+		if !strings.Contains(l.Error, "maintenance") {
 			t.Errorf("it doesn't say why: %s", l)
 		}
 	}
@@ -1000,7 +1000,9 @@ func TestBackendOrdersComeBeforeTheFirstClient(t *testing.T) {
 	c := b.dial(t, 0)
 	exchange(t, c, random(1, 100))
 	order(unused, gateway.DrainBackend, unused)
-	b.turnedAway(t, 1).expect(t, logLine{Outcome: "no_backend"})
+	if l := b.turnedAway(t, 1); l.Outcome != "no_backend" || l.Error != unused+" is draining: an operator has said so" {
+		t.Errorf("it doesn't say why: %s", l)
+	}
 	for _, word := range []string{"127.0.0.2", fmt.Sprintf("127.0.0.1:%d", at.Port()+2), fmt.Sprintf("127.0.0.1:%d", at.Port()-1), ""} {
 		if names, err := b.gateway.OrderBackend(word, gateway.DrainBackend); err == nil {
 			t.Errorf("%q is taken for %q", word, names)
