@@ -307,7 +307,10 @@ func TestConnectionsWaitForRoom(t *testing.T) {
 	waiting(1)
 	third := b.dial(t, 0)
 	waiting(2)
-	b.turnedAway(t, 0).expect(t, logLine{Outcome: "limited", Stage: "connect"})
+	b.turnedAway(t, 0).expect(t, logLine{Outcome: "limited", Stage: "connect", Refused: "queue"})
+	if s := b.gateway.Status(); s.Gate.Refused["queue"] != 1 {
+		t.Errorf("refused are %v", s.Gate.Refused)
+	}
 	if i := b.backend(t, backend.addr); i.Open != 1 || backend.accepted.Load() != 1 {
 		t.Errorf("%+v, want one connection", i)
 	}
@@ -337,7 +340,7 @@ func TestWaitingHasAnEnd(t *testing.T) {
 	}
 	late := b.dial(t, 0)
 	l := b.lineOf(t, late)
-	l.expect(t, logLine{Level: "warn", Outcome: "limited"})
+	l.expect(t, logLine{Level: "warn", Outcome: "limited", Refused: "queue"})
 	if l.DurationMS < 200 || !strings.Contains(l.Error, "200ms") {
 		t.Errorf("it does not say how long it waited: %s", l)
 	}
