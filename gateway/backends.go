@@ -178,8 +178,9 @@ func (g *Gateway) OrderBackend(word string, order BackendOrder) ([]string, error
 	k := g.keeper
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	meant := k.meant(g.current.Load(), word)
-	if len(meant) == 0 {
+	gen, word := g.current.Load(), plainly(word)
+	meant := k.meant(gen, word)
+	if len(meant) == 0 && !gen.hasHost(word) {
 		return nil, fmt.Errorf("no backend of the map is called %q: write an address as 'tlsnat show backends' has it", word)
 	}
 	if err := k.remember(word, meant, mark); err != nil {
@@ -195,14 +196,56 @@ func (g *Gateway) OrderBackend(word string, order BackendOrder) ([]string, error
 		}
 		k.change(s, mask, mark, asTold)
 	}
+	if len(names) == 0 {
+		return []string{word}, nil
+	}
 	slices.Sort(names)
 	return names, nil
+}
+
+// plainly is a word that is an address in the one way that we write it.
+func plainly(word string) string {
+	if a, err := netip.ParseAddr(strings.Trim(word, "[]")); err == nil {
+		return a.Unmap().String()
+	}
+	if a, err := netip.ParseAddrPort(word); err == nil {
+		return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()).String()
+	}
+	return word
+}
+
+// hasHost says whether the word is an address of which a rule has a range of ports: nobody may have used one yet.
+func (gen *generation) hasHost(word string) bool {
+	a, _ := netip.ParseAddr(word)
+	for _, r := range gen.routes {
+		for _, p := range r.places() {
+			if p.ports != nil && p.ports.addr == a {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// find makes sure that a server of a range is known, whether somebody has asked for its port yet or not.
+func (r *route) find(at netip.AddrPort) {
+	listen := r.rule.Listen
+	for b, p := range r.places() {
+		if p.ports == nil || p.ports.addr != at.Addr() {
+			continue
+		}
+		if i := int(at.Port()) - int(b.spec.Port(listen.Lo, listen.Lo)); i >= 0 && i < listen.Len() {
+			p.ports.at(r, b, listen.Lo+uint16(i))
+		}
+	}
 }
 
 // meant are the servers of the map that an operator calls by a word.
 func (k *keeper) meant(gen *generation, word string) (meant []*server) {
 	seen := map[*server]bool{}
+	at, _ := netip.ParseAddrPort(word)
 	for _, r := range gen.routes {
+		r.find(at)
 		r.eachServer(func(b *backend, s *server) {
 			named := b.name != nil && (b.name.host == word || b.name.host+":"+strconv.Itoa(int(s.addr.Port())) == word)
 			if !seen[s] && (named || s.isCalled(word)) {
@@ -223,7 +266,7 @@ func (k *keeper) remember(word string, meant []*server, mark uint32) error {
 		return fmt.Errorf("%d backends are drained or in maintenance already: make some of them ready first", len(k.marks))
 	}
 	delete(k.marks, word)
-	if _, err := netip.ParseAddr(strings.Trim(word, "[]")); err == nil && mark != 0 {
+	if _, err := netip.ParseAddr(word); err == nil && mark != 0 {
 		k.marks[word] = mark
 	}
 	for _, s := range meant {

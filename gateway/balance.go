@@ -48,6 +48,19 @@ func (p *place) at(c *conn, b *backend) *server {
 	return p.ports.at(c.route, b, c.report.door())
 }
 
+// ports are those of an address from port first on, n of them. Servers that are known already have their places.
+func (k *keeper) ports(addr netip.Addr, first uint16, n int) *ports {
+	p := &ports{addr, make([]atomic.Pointer[server], n)}
+	k.known.Lock()
+	defer k.known.Unlock()
+	for i := range p.servers {
+		if s := k.servers[serverKey{addr: netip.AddrPortFrom(addr, first+uint16(i))}]; s != nil {
+			p.servers[i].Store(s)
+		}
+	}
+	return p
+}
+
 func (p *ports) at(r *route, b *backend, port uint16) *server {
 	slot := &p.servers[port-r.rule.Listen.Lo]
 	s := slot.Load()

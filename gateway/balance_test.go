@@ -6,8 +6,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -252,5 +254,98 @@ func BenchmarkChoose(b *testing.B) {
 				c.chooseServer()
 			}
 		})
+	}
+}
+
+// TestNamesThatMoveLeaveNothingBehind: a cloud's names lead to new addresses every minute, and nobody reloads for it.
+func TestNamesThatMoveLeaveNothingBehind(t *testing.T) {
+	c := chooser(t, ":1 -> app.test:80 mode=tcp\n:2 -> 10.0.0.1:80 mode=tcp")
+	k := c.loop.gw.keeper
+	n := k.name("app.test", false)
+	k.adopt(c.loop.gw.current.Load())
+	move := func(last byte) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		n.leads.Store(&[]lead{{addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, last})}, weight: 1}})
+		k.moved(n, true)
+	}
+	move(1) // where another rule leads as well
+	move(2)
+	gone := c.servers()[0]
+	if !gone.refused(1) {
+		t.Fatal("not ejected")
+	}
+	k.ejected(gone, nil, "it is gone")
+	gone.open.Add(1)
+	move(3)
+	if k.servers[serverKey{addr: gone.addr}] != gone {
+		t.Error("a server is forgotten that has a connection")
+	}
+	gone.open.Add(-1)
+	for last := byte(4); last < 100; last++ {
+		move(last)
+	}
+	if len(k.servers) != 2 {
+		t.Errorf("%d servers are known, and the map leads to 2", len(k.servers))
+	}
+	if !gone.probe.stopped() {
+		t.Error("an address that nobody leads to is tried for ever")
+	}
+	if k.servers[serverKey{addr: netip.MustParseAddrPort("10.0.0.1:80")}] == nil {
+		t.Error("a server of the other rule is forgotten")
+	}
+}
+
+// TestSlowStartEndsAfterAReload that makes it longer, and after the server was away again.
+func TestSlowStartEndsAfterAReload(t *testing.T) {
+	c := chooser(t, ":1 -> 10.0.0.1:1 mode=tcp slow-start=20ms")
+	g, s := c.loop.gw, c.servers()[0]
+	k := g.keeper
+	k.adopt(g.current.Load())
+	m, err := natmap.Parse(natmap.Source{Name: "test", Text: ":1 -> 10.0.0.1:1 mode=tcp slow-start=40ms"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	warm := func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.warm(s)
+	}
+	warm()
+	gen := g.newGeneration(&Config{Map: m}, g.current.Load())
+	g.current.Store(gen)
+	k.adopt(gen)
+	for range 2 {
+		for deadline := time.Now().Add(10 * time.Second); s.state.Load()&isWarming != 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("its slow start has no end")
+			}
+		}
+		if age := time.Since(g.started) - time.Duration(s.since.Load()); age < 40*time.Millisecond {
+			t.Errorf("its slow start was over after %v", age)
+		}
+		warm()
+	}
+}
+
+// TestNamesWaitForDNSTogether: a server that does not answer holds a reload up once, however many names are asked for.
+func TestNamesWaitForDNSTogether(t *testing.T) {
+	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = silent.Close() })
+	var rules strings.Builder
+	for i := range 70 { // more than are asked for at once, twice
+		fmt.Fprintf(&rules, ":%d -> n%d.test:80 mode=tcp\n", i+1, i)
+	}
+	gen := chooser(t, rules.String()).loop.gw.current.Load()
+	gen.config.Settings = Settings{Resolver: silent.LocalAddr().String()}
+	began := time.Now()
+	if problems := gen.resolve(t.Context()); len(problems) != 70 {
+		t.Errorf("%d problems, of 70 names", len(problems))
+	}
+	if took := time.Since(began); took > resolveTimeout+3*time.Second {
+		t.Errorf("names were waited for over %v", took)
 	}
 }

@@ -136,6 +136,9 @@ var stageNames = [...]string{"proxy_header", "starttls", "hello", "match", "hand
 
 func (s stage) String() string { return stageNames[s] }
 
+// StageWords are what a connection's stage can be called. The list is closed.
+var StageWords = stageNames[:over]
+
 // newConn is the first word of a story: a connection was accepted.
 func newConn(l *loop, ln *listener, fd int32, peer netip.AddrPort) *conn {
 	c := &conn{loop: l, gen: ln.gen, port: ln.rules, active: l.now}

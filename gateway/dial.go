@@ -119,10 +119,10 @@ func (c *conn) hangUp() {
 	c.backend = socket{fd: -1, owner: c}
 }
 
-// faulted notes that a server could not be connected to.
+// faulted notes that a server could not be connected to; nil is the demo.
 func (c *conn) faulted(s *server, why string) {
 	c.dial.again = true
-	c.dial.failed(why)
+	c.dial.failedAt(nameOf(s, c.dial.backend), why)
 	c.blame(s, why)
 }
 
@@ -135,19 +135,23 @@ func (c *conn) blame(s *server, why string) {
 	go k.ejected(s, out, "connects fail: "+why)
 }
 
-func (d *dialling) failed(why string) {
+func (d *dialling) failed(why string) { d.failedAt(d.name(), why) }
+
+func (d *dialling) failedAt(name, why string) {
 	const enough = 8 // errors in one log line
 	d.vain++
 	if len(d.errs) < enough && d.round == 0 {
-		d.errs = append(d.errs, d.name()+": "+why)
+		d.errs = append(d.errs, name+": "+why)
 	}
 }
 
-func (d *dialling) name() string {
-	if d.server != nil {
-		return d.server.name
+func (d *dialling) name() string { return nameOf(d.server, d.backend) }
+
+func nameOf(s *server, b *backend) string {
+	if s != nil {
+		return s.name
 	}
-	return d.backend.String()
+	return b.String()
 }
 
 // tryBackends starts connecting to the next candidate that lets itself be tried.
@@ -200,7 +204,7 @@ func (c *conn) searched() stage {
 	case d.full > 0 && d.vain == 0:
 		return c.waitForRoom()
 	case len(d.errs) == 0:
-		return c.unconnected(NoBackend, d.nobody())
+		return c.unconnected(NoBackend, d.nobody(c))
 	case d.again && d.round < r.retries && c.loop.now+pause < d.until:
 		d.round++
 		c.setDeadline(pause)
@@ -210,7 +214,7 @@ func (c *conn) searched() stage {
 }
 
 // nobody says why there was nobody to try.
-func (d *dialling) nobody() string {
+func (d *dialling) nobody(c *conn) string {
 	if d.out == 0 {
 		return "none of the backends has an address"
 	}
@@ -218,13 +222,10 @@ func (d *dialling) nobody() string {
 	var all []string
 	for _, spots := range [...][]spot{d.choices.primary, d.choices.backup} {
 		for i := range spots {
-			if s := spots[i].places[0].server; s != nil && len(all) < enough {
+			if s := spots[i].places[0].at(c, spots[i].backend); s != nil && len(all) < enough {
 				all = append(all, s.name+" is "+s.word()+": "+s.reason())
 			}
 		}
-	}
-	if len(all) == 0 {
-		return "every backend is out"
 	}
 	return strings.Join(all, "; ")
 }

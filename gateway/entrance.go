@@ -27,10 +27,11 @@ const (
 	refusedHandshakes           // handshakes=
 	refusedMaxConns             // TLSNAT_MAX_CONNS
 	refusedHandshakeAll         // TLSNAT_HANDSHAKES: shed, being the oldest that waits
+	refusedQueue                // max-conns= of every backend, and queue=
 	refusals
 )
 
-var refusalNames = [refusals]string{"", "address", "rate-per-ip", "conns-per-ip", "conns", "handshakes", "max-conns", "handshake-queue"}
+var refusalNames = [refusals]string{"", "address", "rate-per-ip", "conns-per-ip", "conns", "handshakes", "max-conns", "handshake-queue", "queue"}
 
 var refusalTexts = [refusals]string{"",
 	"the address of the client may not come in (allow=, deny=)",
@@ -40,6 +41,7 @@ var refusalTexts = [refusals]string{"",
 	"as many handshakes are under way as handshakes= lets the rule have",
 	Prefix + "MAX_CONNS connections are open",
 	"as many hellos wait already as the loop's part of " + Prefix + "HANDSHAKES lets",
+	"every backend has max-conns= connections",
 }
 
 func (r refusal) String() string { return refusalNames[r] }

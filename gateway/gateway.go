@@ -46,16 +46,15 @@ type Gateway struct {
 	house    *gatehouse
 	keeper   *keeper
 
-	generations atomic.Uint64
-	current     atomic.Pointer[generation]
-	open        atomic.Int64 // connections
-	maxConns    atomic.Int64
-	reloads     reloader
-	ports       listening
-	waiting     atomic.Int64 // connections for which no backend has room, on all loops
-	idBase      uint64
-	draining    atomic.Bool
-	complained  atomic.Int64 // when the last complaint was logged, in unix seconds
+	current    atomic.Pointer[generation]
+	open       atomic.Int64 // connections
+	maxConns   atomic.Int64
+	reloads    reloader
+	ports      listening
+	waiting    atomic.Int64 // connections for which no backend has room, on all loops
+	idBase     uint64
+	draining   atomic.Bool
+	complained atomic.Int64 // when the last complaint was logged, in unix seconds
 
 	stop   context.CancelFunc
 	failed chan error
@@ -124,10 +123,10 @@ func (g *Gateway) Start() error {
 	if g.kernel != nil {
 		g.log.Info("kernel TLS", zap.Stringer("ktls", g.kernel))
 	}
+	g.keeper.adopt(gen)
 	for _, l := range g.loops {
 		go l.run()
 	}
-	g.keeper.adopt(gen)
 	g.ended.Go(func() { trim(ctx) })
 	if g.settings.Watch == "on" {
 		g.noteFiles() // now: a change after Start is noticed

@@ -71,7 +71,7 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 	if last == nil {
 		last = &generation{}
 	}
-	gen := &generation{number: g.generations.Add(1), made: time.Now(), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules)),
+	gen := &generation{number: last.number + 1, made: time.Now(), config: c, routes: make(map[*natmap.Rule]*route, len(c.Map.Rules)),
 		byKey: make(map[ruleKey]*route, len(c.Map.Rules)), profiles: map[string]*profile{}, names: map[*name][]*route{}, cuts: last.cuts}
 	gen.drains = last.drains || last.config != nil && slices.ContainsFunc(last.config.Map.Rules, func(r *natmap.Rule) bool { return r.Options.Drain > 0 })
 	for i, rule := range c.Map.Rules {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"net/netip"
 	"slices"
@@ -30,7 +31,6 @@ type name struct {
 	// The keeper's, under its lock.
 	errand  *errand
 	failing bool
-	used    uint64 // the last generation that has it
 }
 
 // lead is a machine that a name leads to: of an SRV record, or of the name itself all of its addresses together, since
@@ -224,12 +224,15 @@ func (k *keeper) name(host string, srv bool) *name {
 }
 
 // resolve looks up the names that lead nowhere yet, and returns what is wrong with those that still do not. Names that
-// were found before have their own time.
+// were found before have their own time. All together get the time of one: a reload does not wait for DNS servers that are
+// away, and the keeper asks for the rest.
 func (gen *generation) resolve(ctx context.Context) (problems []string) {
+	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, 32) // lookups at once
-	for n, routes := range gen.names {
+	for n := range gen.names {
 		if n.leads.Load() != nil {
 			continue
 		}
@@ -243,10 +246,7 @@ func (gen *generation) resolve(ctx context.Context) (problems []string) {
 				problems = append(problems, fmt.Sprintf("look up backend %s: %v", n.host, err))
 				return
 			}
-			n.leads.Store(&leads)
-			for _, r := range routes {
-				r.choose()
-			}
+			n.leads.Store(&leads) // the routes choose again when the keeper adopts them
 		})
 	}
 	wg.Wait()
@@ -257,7 +257,6 @@ func (gen *generation) resolve(ctx context.Context) (problems []string) {
 // follow has the generation's names looked up when their time comes. The keeper's lock is held.
 func (k *keeper) follow(gen *generation) {
 	for n, routes := range gen.names {
-		n.used = gen.number
 		for _, r := range routes {
 			r.choose() // the name may lead elsewhere since the generation was made
 		}
@@ -277,7 +276,11 @@ func (k *keeper) lookUp(e *errand, n *name) time.Duration {
 		return never
 	case err != nil:
 		if !n.failing {
-			k.gw.log.Warn("look up backend "+n.host+": it leads where it led before", zap.Error(err))
+			where := ": it leads where it led before"
+			if before == nil {
+				where = ": it leads nowhere yet"
+			}
+			k.gw.log.Warn("look up backend "+n.host+where, zap.Error(err))
 		}
 		n.failing = true
 		return jittered(ttl)
@@ -289,8 +292,8 @@ func (k *keeper) lookUp(e *errand, n *name) time.Duration {
 	return jittered(ttl)
 }
 
-// moved makes the choices of the routes anew that have a name, and looks after the servers that are new. Where the name
-// led somewhere before those begin slowly.
+// moved makes the choices of the routes anew that have a name, and looks after the servers that are new, not after those
+// that nobody leads to any more. Where the name led somewhere before the new ones begin slowly.
 func (k *keeper) moved(n *name, slowly bool) {
 	gen := k.gw.current.Load()
 	was := map[*server]bool{}
@@ -308,6 +311,10 @@ func (k *keeper) moved(n *name, slowly bool) {
 	}
 	k.gw.log.Info("a backend's name leads elsewhere", zap.String("name", n.host), zap.Int("servers", len(was)))
 	k.check(gen)
+	if k.gw.reloads.one.TryLock() { // else a generation is being made of what is known; it forgets when it is done
+		k.forget(gen)
+		k.gw.reloads.one.Unlock()
+	}
 	k.gw.callWaiting()
 }
 
@@ -393,7 +400,7 @@ func (b *backend) spot(r *route, l lead, addrs ...netip.Addr) spot {
 		case listen.Len() == 1 || !b.spec.Relative && b.spec.Lo == b.spec.Hi:
 			p.server = r.keeper.server(netip.AddrPortFrom(a, b.spec.Port(listen.Lo, listen.Lo)), "")
 		default:
-			p.ports = &ports{a, make([]atomic.Pointer[server], listen.Len())}
+			p.ports = r.keeper.ports(a, b.spec.Port(listen.Lo, listen.Lo), listen.Len())
 		}
 	}
 	return s
@@ -471,17 +478,27 @@ func reachable(a netip.Addr) bool {
 	return err == nil
 }
 
+// places are all that the route may send connections to.
+func (r *route) places() iter.Seq2[*backend, *place] {
+	return func(yield func(*backend, *place) bool) {
+		c := r.choices.Load()
+		for _, spots := range [...][]spot{c.primary, c.backup} {
+			for i := range spots {
+				for j := range spots[i].n {
+					if !yield(spots[i].backend, &spots[i].places[j]) {
+						return
+					}
+				}
+			}
+		}
+	}
+}
+
 // eachServer visits every server that the route may send connections to: of a range of ports all, whether they were
 // asked for yet or not.
 func (r *route) eachServer(visit func(*backend, *server)) {
-	c := r.choices.Load()
-	for _, spots := range [][]spot{c.primary, c.backup} {
-		for i := range spots {
-			s := &spots[i]
-			for j := range s.n {
-				s.places[j].each(r, s.backend, visit)
-			}
-		}
+	for b, p := range r.places() {
+		p.each(r, b, visit)
 	}
 }
 

@@ -1463,9 +1463,9 @@ func TestSilentBackendIsGivenUp(t *testing.T) {
 func silentServer(t testing.TB, at string) string {
 	t.Helper()
 	want := netip.MustParseAddrPort(at)
-	family, sa := syscall.AF_INET6, syscall.Sockaddr(&syscall.SockaddrInet6{Addr: want.Addr().As16()})
+	family, sa := syscall.AF_INET6, syscall.Sockaddr(&syscall.SockaddrInet6{Port: int(want.Port()), Addr: want.Addr().As16()})
 	if want.Addr().Is4() {
-		family, sa = syscall.AF_INET, &syscall.SockaddrInet4{Addr: want.Addr().As4()}
+		family, sa = syscall.AF_INET, &syscall.SockaddrInet4{Port: int(want.Port()), Addr: want.Addr().As4()}
 	}
 	fd, err := syscall.Socket(family, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
 	if err == nil {

@@ -307,7 +307,10 @@ func TestConnectionsWaitForRoom(t *testing.T) {
 	waiting(1)
 	third := b.dial(t, 0)
 	waiting(2)
-	b.turnedAway(t, 0).expect(t, logLine{Outcome: "limited", Stage: "connect"})
+	b.turnedAway(t, 0).expect(t, logLine{Outcome: "limited", Stage: "connect", Refused: "queue"})
+	if s := b.gateway.Status(); s.Gate.Refused["queue"] != 1 {
+		t.Errorf("refused are %v", s.Gate.Refused)
+	}
 	if i := b.backend(t, backend.addr); i.Open != 1 || backend.accepted.Load() != 1 {
 		t.Errorf("%+v, want one connection", i)
 	}
@@ -337,7 +340,7 @@ func TestWaitingHasAnEnd(t *testing.T) {
 	}
 	late := b.dial(t, 0)
 	l := b.lineOf(t, late)
-	l.expect(t, logLine{Level: "warn", Outcome: "limited"})
+	l.expect(t, logLine{Level: "warn", Outcome: "limited", Refused: "queue"})
 	if l.DurationMS < 200 || !strings.Contains(l.Error, "200ms") {
 		t.Errorf("it does not say how long it waited: %s", l)
 	}
@@ -878,7 +881,7 @@ func TestBackendOrdersOutliveAddresses(t *testing.T) {
 	for _, i := range []int{1, 3} {
 		l := b.turnedAway(t, i)
 		l.expect(t, logLine{Outcome: "no_backend"})
-		if i == 3 && !strings.Contains(l.Error, "maintenance") {
+		if !strings.Contains(l.Error, "maintenance") {
 			t.Errorf("it doesn't say why: %s", l)
 		}
 	}
@@ -946,4 +949,84 @@ func TestReloadKeepsWhatIsKnownOfBackends(t *testing.T) {
 		t.Errorf("%d backends, and the map has one", total)
 	}
 	exchange(t, held, random(3, 100))
+}
+
+// TestReloadKeepsWhatIsKnownOfRanges: a range's backends are known once somebody has asked for them, and a reload changes
+// nothing about that.
+func TestReloadKeepsWhatIsKnownOfRanges(t *testing.T) {
+	backend := echoServer(t)
+	at := netip.MustParseAddrPort(backend)
+	rule := fmt.Sprintf(":{0} -> %s mode=tcp\n:{1-2} -> 127.0.0.1:%d-%d mode=tcp", refusing(t), at.Port(), at.Port()+1)
+	v := startLive(t, rule)
+	rule = strings.Replace(rule, "{1-2}", fmt.Sprintf("%d-%d", v.ports[1], v.ports[2]), 1)
+	c := v.dial(t, 1)
+	exchange(t, c, random(1, 100))
+	_ = c.Close()
+	v.lineOf(t, c).expect(t, logLine{Outcome: "ok", Backend: backend})
+	if _, err := v.gateway.OrderBackend(backend, gateway.DrainBackend); err != nil {
+		t.Fatal(err)
+	}
+	before := v.backend(t, backend)
+	v.reload(t, rule+" idle=1h")
+	if i := v.backend(t, backend); i.State != "draining" || i.Total != 1 || !i.Since.Equal(before.Since) {
+		t.Errorf("%+v became %+v", before, i)
+	}
+	if _, err := v.gateway.OrderBackend(backend, gateway.ReadyBackend); err != nil {
+		t.Error(err)
+	}
+	c = v.dial(t, 1)
+	exchange(t, c, random(2, 100))
+	_ = c.Close()
+	v.lineOf(t, c).expect(t, logLine{Outcome: "ok", Backend: backend})
+	v.reload(t, rule[:strings.Index(rule, "\n")])
+	if _, total := v.gateway.Backends(10); total != 1 {
+		t.Errorf("%d backends, and the map has one", total)
+	}
+}
+
+// TestBackendOrdersComeBeforeTheFirstClient: of a range neither a port nor the host has to be in use, and an address is
+// the same however it is written.
+func TestBackendOrdersComeBeforeTheFirstClient(t *testing.T) {
+	at := netip.MustParseAddrPort(echoServer(t))
+	b := start(t, fmt.Sprintf(":{0-1} -> 127.0.0.1:%d-%d mode=tcp eject=off", at.Port(), at.Port()+1))
+	order := func(word string, o gateway.BackendOrder, want string) {
+		t.Helper()
+		names, err := b.gateway.OrderBackend(word, o)
+		if err != nil || len(names) != 1 || names[0] != want {
+			t.Errorf("%s %s: %q, %v, want %q", o, word, names, err, want)
+		}
+	}
+	unused := fmt.Sprintf("127.0.0.1:%d", at.Port()+1)
+	order("[127.0.0.1]", gateway.MaintainBackend, "127.0.0.1")
+	b.turnedAway(t, 0).expect(t, logLine{Outcome: "no_backend"})
+	order("::ffff:127.0.0.1", gateway.ReadyBackend, at.String())
+	c := b.dial(t, 0)
+	exchange(t, c, random(1, 100))
+	order(unused, gateway.DrainBackend, unused)
+	if l := b.turnedAway(t, 1); l.Outcome != "no_backend" || l.Error != unused+" is draining: an operator has said so" {
+		t.Errorf("it doesn't say why: %s", l)
+	}
+	for _, word := range []string{"127.0.0.2", fmt.Sprintf("127.0.0.1:%d", at.Port()+2), fmt.Sprintf("127.0.0.1:%d", at.Port()-1), ""} {
+		if names, err := b.gateway.OrderBackend(word, gateway.DrainBackend); err == nil {
+			t.Errorf("%q is taken for %q", word, names)
+		}
+	}
+}
+
+// TestBothFamiliesAreBlamedByName: the error says of each address what came of it.
+func TestBothFamiliesAreBlamedByName(t *testing.T) {
+	silent := silentServer(t, "[::1]:0")
+	_, port, _ := net.SplitHostPort(silent)
+	other := silentServer(t, "127.0.0.1:"+port)
+	z := newZone(t)
+	z.set("both.test", 60, address(1))
+	z.set("both.test", 60, &dnsmessage.AAAAResource{AAAA: netip.IPv6Loopback().As16()})
+	b := start(t, fmt.Sprintf(":{0} -> both.test:%s mode=tcp connect=1s retries=0", port), "RESOLVER="+z.addr)
+	l := b.turnedAway(t, 0)
+	l.expect(t, logLine{Outcome: "connect_failed"})
+	for _, addr := range []string{silent, other} {
+		if strings.Count(l.Error, addr+": no answer in time") != 1 {
+			t.Errorf("it doesn't say once what came of %s: %s", addr, l.Error)
+		}
+	}
 }

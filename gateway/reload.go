@@ -64,7 +64,11 @@ func (g *Gateway) reload(r *Reloaded) {
 	for _, p := range problems {
 		r.Problems = append(r.Problems, p.String())
 	}
-	if problems.Errors() || g.Draining() {
+	if g.Draining() {
+		r.Problems = append(r.Problems, "the gateway drains and takes no new configuration; start it again")
+		return
+	}
+	if problems.Errors() {
 		return
 	}
 	if err := g.change(c, r); err != nil {
@@ -172,13 +176,32 @@ func (g *Gateway) swap(gen *generation, o *opening) {
 		}
 		l.serveWide(wide)
 	})
+	for _, ln := range o.opened {
+		ln.drop()
+	}
 }
 
-// adopt begins to accept on a listener that is open already.
+// adopt begins to accept on a listener that is open already. A loop that drains does not: the drain began after the reload.
 func (l *loop) adopt(ln *listener) {
+	if l.stopping {
+		_ = unix.Close(int(ln.fd))
+		ln.closing = true
+		return
+	}
 	l.listeners = append(l.listeners, ln)
 	if err := l.watchListener(ln); err != nil {
 		ln.rest(unix.ENOMEM)
+	}
+}
+
+// drop closes a listener that its loop has not adopted, having ended in a drain.
+func (ln *listener) drop() {
+	select {
+	case <-ln.loop.done:
+		if !ln.closing {
+			_ = unix.Close(int(ln.fd))
+		}
+	default:
 	}
 }
 

@@ -476,7 +476,79 @@ func TestReloadAfterTheEndChangesNothing(t *testing.T) {
 	defer cancel()
 	v.gateway.Drain(ctx)
 	v.stopped = true
-	if r := v.gateway.Reload(); r.OK {
-		t.Errorf("reloaded a gateway that is over: %+v", r)
+	if r := v.gateway.Reload(); r.OK || len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "drains") {
+		t.Errorf("reloaded a gateway that is over, or not said why not: %+v", r)
+	}
+}
+
+// TestGenerationsAreNumberedInARow: one that came to nothing has no number.
+func TestGenerationsAreNumberedInARow(t *testing.T) {
+	rule := ":{0} -> " + echoServer(t) + " mode=tcp"
+	v := startLive(t, rule)
+	v.write(t, rule+"\n:"+strings.TrimPrefix(echoServer(t), "127.0.0.1:")+" -> demo")
+	if r := v.gateway.Reload(); r.OK || r.Generation != 1 {
+		t.Fatalf("a port that is taken: %+v", r)
+	}
+	if r := v.reload(t, rule+" idle=1h"); r.Generation != 2 {
+		t.Errorf("generation %d comes after the first one", r.Generation)
+	}
+}
+
+// TestDrainDuringAReloadOpensNoPort: the drain does not wait for the reload, and what that has opened is closed again.
+func TestDrainDuringAReloadOpensNoPort(t *testing.T) {
+	for name, hold := range map[string]bool{"with a connection": true, "without": false} {
+		t.Run(name, func(t *testing.T) {
+			dns, err := net.ListenPacket("udp", "127.0.0.1:0") // which takes its time
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = dns.Close() })
+			rule := ":{0} -> " + echoServer(t) + " mode=tcp"
+			v := startLive(t, rule, "RESOLVER="+dns.LocalAddr().String())
+			held := v.dial(t, 0)
+			exchange(t, held, random(1, 100))
+			if !hold {
+				_ = held.Close()
+				v.lineOf(t, held).expect(t, logLine{Outcome: "ok"})
+			}
+			v.ports = append(v.ports, freePorts(t, 1)...)
+			v.write(t, rule+"\n:{1} -> nowhere.test:80 mode=tcp")
+			var reload, drain sync.WaitGroup
+			reload.Go(func() { v.gateway.Reload() })
+			question := make([]byte, 512)
+			n, from, err := dns.ReadFrom(question)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			v.stopped = true
+			drain.Go(func() { v.gateway.Drain(ctx) })
+			refused := func(i int) bool {
+				c, err := net.Dial("tcp", v.addr(i))
+				if err == nil {
+					_ = c.Close()
+				}
+				return err != nil
+			}
+			until(t, "the drain has begun", func() bool { return refused(0) })
+			drain.Go(func() {
+				for err == nil { // there is no such name: RFC 1035, section 4.1.1
+					question[2], question[3] = 0x80, 3
+					_, _ = dns.WriteTo(question[:n], from)
+					n, from, err = dns.ReadFrom(question)
+				}
+			})
+			reload.Wait()
+			_ = dns.Close()
+			if !refused(1) {
+				t.Error("a port was opened by a gateway that drains")
+			}
+			if hold {
+				exchange(t, held, random(2, 100))
+				_ = held.Close()
+			}
+			drain.Wait()
+		})
 	}
 }

@@ -44,7 +44,9 @@ type server struct {
 	probe    *errand // tries to connect to it while it is ejected
 	pause    time.Duration
 	returned time.Time // when it was connected to again after an ejection
-	used     uint64    // the last generation that names it
+	rests    bool      // an errand will end its slow start
+
+	asked uint64 // for, when forget came so often; under the lock of what is known
 }
 
 // What can be wrong with a server. It gets no new connection while one of the first four is set.
@@ -151,10 +153,11 @@ type keeper struct {
 	gw      *Gateway
 	errands *errands
 
-	known   sync.Mutex // over these three, and never held for long: a loop may take it
-	servers map[string]*server
+	known   sync.Mutex // over these, and never held for long: a loop may take it
+	servers map[serverKey]*server
 	names   map[string]*name
 	marks   map[string]uint32 // what an operator has said, by what he called it
+	forgot  uint64            // how often forget came by
 
 	mu      sync.Mutex // over the rest, and what servers have under it
 	checks  map[checkKey]*check
@@ -162,17 +165,20 @@ type keeper struct {
 	crowded bool          // there were more checks than maxChecks
 }
 
+// serverKey tells servers apart: by their address, or by the path of a socket.
+type serverKey struct {
+	addr netip.AddrPort
+	unix string
+}
+
 func newKeeper(g *Gateway) *keeper {
-	return &keeper{gw: g, errands: newErrands(), servers: map[string]*server{}, names: map[string]*name{},
+	return &keeper{gw: g, errands: newErrands(), servers: map[serverKey]*server{}, names: map[string]*name{},
 		marks: map[string]uint32{}, checks: map[checkKey]*check{}}
 }
 
 // server is the one for an address or a path; it is made if there is none.
 func (k *keeper) server(addr netip.AddrPort, unix string) *server {
-	key := unix
-	if unix == "" {
-		key = addr.String()
-	}
+	key := serverKey{addr, unix}
 	k.known.Lock()
 	defer k.known.Unlock()
 	s := k.servers[key]
@@ -184,6 +190,7 @@ func (k *keeper) server(addr netip.AddrPort, unix string) *server {
 			s.why.Store(&asTold)
 		}
 	}
+	s.asked = k.forgot
 	return s
 }
 
@@ -266,14 +273,25 @@ func (k *keeper) warm(s *server) {
 	s.since.Store(int64(time.Since(k.gw.started)))
 	if k.slowest > 0 {
 		s.state.Or(isWarming)
-		k.errands.start(k.slowest, func(*errand) time.Duration {
-			if int64(time.Since(k.gw.started))-s.since.Load() >= int64(k.slowest) {
-				s.state.And(^isWarming)
-			}
-			return never
-		})
+		if !s.rests {
+			s.rests = true
+			k.errands.start(k.slowest, func(*errand) time.Duration { return k.warmed(s) })
+		}
 	}
 	k.gw.callWaiting()
+}
+
+// warmed ends a slow start, or says how long it goes on: the server may have been away again, and slow-start= be another
+// one since a reload.
+func (k *keeper) warmed(s *server) time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if left := k.slowest - (time.Since(k.gw.started) - time.Duration(s.since.Load())); left > 0 {
+		return left
+	}
+	s.state.And(^isWarming)
+	s.rests = false
+	return never
 }
 
 const (
@@ -370,33 +388,39 @@ func (g *Gateway) cuts() bool {
 // never is a time until the next turn that does not come.
 const never = time.Duration(-1)
 
-// adopt makes a generation the one whose servers are looked after. What only earlier ones named is forgotten, once no
-// connection is left.
+// adopt makes a generation the one whose servers are looked after.
 func (k *keeper) adopt(gen *generation) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.slowest = 0
 	for _, r := range gen.routes {
 		k.slowest = max(k.slowest, r.slowStart)
-		r.eachServer(func(_ *backend, s *server) { s.used = gen.number })
 	}
 	k.follow(gen)
 	k.check(gen)
-	k.forget(gen.number)
+	k.forget(gen)
 }
 
-// forget drops servers and names that the generation does not have.
-func (k *keeper) forget(number uint64) {
+// forget drops names that the generation does not have, and servers to which it leads nobody any more, once no connection
+// is left. Those that a loop asks for meanwhile, on ports of a range, stay.
+func (k *keeper) forget(gen *generation) {
+	k.known.Lock()
+	k.forgot++
+	k.known.Unlock()
+	leads := map[*server]bool{}
+	for _, r := range gen.routes {
+		r.eachServer(func(_ *backend, s *server) { leads[s] = true })
+	}
 	k.known.Lock()
 	defer k.known.Unlock()
 	for key, s := range k.servers {
-		if s.used < number && s.open.Load() == 0 {
+		if !leads[s] && s.asked < k.forgot && s.open.Load() == 0 {
 			s.probe.stop()
 			delete(k.servers, key)
 		}
 	}
 	for key, n := range k.names {
-		if n.used < number {
+		if gen.names[n] == nil {
 			n.errand.stop()
 			delete(k.names, key)
 		}

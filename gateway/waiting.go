@@ -13,11 +13,11 @@ func (c *conn) waitForRoom() stage {
 	l, r, d := c.loop, c.route, c.dial
 	if !d.waited {
 		if r.queue.Len == 0 {
-			return c.unconnected(Limited, "every backend has max-conns= connections")
+			return c.crowdedOut(refusalTexts[refusedQueue])
 		}
 		if r.waiting.Add(1) > int64(r.queue.Len) {
 			r.waiting.Add(-1)
-			return c.unconnected(Limited, "every backend has max-conns= connections, and queue= of them wait already")
+			return c.crowdedOut(refusalTexts[refusedQueue] + ", and queue= of them wait already")
 		}
 		d.waitUntil = l.now + int64(or(r.queue.Time, r.connect))
 	} else {
@@ -143,6 +143,12 @@ func (c *conn) waitedInVain() {
 func (c *conn) leaveAndRefuse(why string) {
 	c.loop.leaveQueue(c)
 	c.stage = connecting
-	c.stage = c.unconnected(Limited, why)
+	c.stage = c.crowdedOut(why)
 	c.advance()
+}
+
+// crowdedOut is the end of a connection for which no backend had room.
+func (c *conn) crowdedOut(why string) stage {
+	c.refused(refusedQueue)
+	return c.unconnected(Limited, why)
 }

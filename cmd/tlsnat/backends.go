@@ -33,17 +33,22 @@ func (p *program) backend(args []string) int {
 	}
 	order := gateway.BackendOrder(args[0])
 	a, err := c.OrderBackend(context.Background(), args[1], order)
-	if e, ok := errors.AsType[*admin.Error](err); ok && e.Status == http.StatusNotFound {
-		fmt.Fprintln(p.err, e)
-		return exitInput
-	}
 	if err != nil {
-		return p.cannot(err)
+		return p.refused(err)
 	}
 	for _, name := range a.Backends {
 		fmt.Fprintln(p.out, printable(name), said[order])
 	}
 	return exitOK
+}
+
+// refused says why an answer is none. What the gateway does not know, or can't read, the user has written.
+func (p *program) refused(err error) int {
+	if e, ok := errors.AsType[*admin.Error](err); ok && (e.Status == http.StatusNotFound || e.Status == http.StatusBadRequest) {
+		fmt.Fprintln(p.err, e)
+		return exitInput
+	}
+	return p.cannot(err)
 }
 
 func showBackends(w io.Writer, a admin.BackendsAnswer) {

@@ -107,7 +107,7 @@ func (p *program) show(args []string) int {
 		case ctx.Err() != nil:
 			return exitOK
 		case err != nil && first:
-			return p.cannot(err)
+			return p.refused(err)
 		case err != nil:
 			fmt.Fprintln(p.err, err) // it may be back for the next look
 		case !s.watch:

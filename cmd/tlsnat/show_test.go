@@ -42,6 +42,9 @@ func TestShowConnsOfSomebody(t *testing.T) {
 			t.Errorf("%q: %d of %d connections, want %d", c.args, len(a.Connections), a.Total, c.want)
 		}
 	}
+	if out, code := r.ask(t, "show", "conns", "--stage", "lunch"); code != exitInput || !strings.Contains(out, "write stage= with one of") {
+		t.Errorf("exit code %d: %s", code, out)
+	}
 	page := shown("--limit", "2")
 	if rest := shown("--limit", "2", "--after", page.Next); len(page.Connections) != 2 || len(rest.Connections) != 1 || rest.Next != "" {
 		t.Errorf("%d and %d connections", len(page.Connections), len(rest.Connections))
@@ -54,7 +57,7 @@ func TestShowConnsOfSomebody(t *testing.T) {
 			t.Errorf("%q: exit code %d: %s", args, code, out)
 		}
 	}
-	if out, code := r.ask(t, "show", "conns", "--limit", "1001"); code != exitCannot || !strings.Contains(out, "write limit= with a number from 0 to 1000") {
+	if out, code := r.ask(t, "show", "conns", "--limit", "1001"); code != exitInput || !strings.Contains(out, "write limit= with a number from 0 to 1000") {
 		t.Errorf("exit code %d: %s", code, out)
 	}
 }

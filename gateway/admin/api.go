@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -151,7 +153,7 @@ func (s *Server) api(mux *http.ServeMux) {
 	methods, paths := map[string]string{}, []string{}
 	for _, e := range all {
 		methods[e.Path], paths = e.Method, append(paths, e.Method+" "+e.Path)
-		mux.HandleFunc(e.Method+" "+e.Path, e.handle)
+		mux.HandleFunc(e.Method+" "+e.Path, e.strictly)
 	}
 	mux.HandleFunc("GET "+apiPath+"{$}", func(w http.ResponseWriter, _ *http.Request) {
 		answerJSON(w, http.StatusOK, IndexAnswer{s.version, all})
@@ -164,6 +166,23 @@ func (s *Server) api(mux *http.ServeMux) {
 		}
 		fail(w, http.StatusNotFound, fmt.Sprintf("there is no %.100q", r.URL.Path), "write one of "+strings.Join(paths, ", ")+"; GET "+apiPath+" says what they do")
 	})
+}
+
+// strictly answers requests whose parameters are all known: a typing slip would else be answered with everything.
+func (e *Endpoint) strictly(w http.ResponseWriter, r *http.Request) {
+	known, _ := url.ParseQuery(e.Query)
+	for key := range r.URL.Query() {
+		if known.Has(key) {
+			continue
+		}
+		instead := "leave it out: " + e.Path + " has none"
+		if e.Query != "" {
+			instead = "write " + strings.ReplaceAll(e.Query, "&", ", ")
+		}
+		fail(w, http.StatusBadRequest, fmt.Sprintf("there is no parameter %.60q", key), instead)
+		return
+	}
+	e.handle(w, r)
 }
 
 // connsEndpoint asks for connections: of one client, or the following ones.
@@ -195,6 +214,9 @@ func connQuery(r *http.Request) (q gateway.ConnQuery, instead string, err error)
 		Backend: v.Get("backend"), Stage: v.Get("stage")}
 	if q.Limit, err = limitOf(r, someConns, maxConns); err != nil {
 		return q, fmt.Sprintf("write limit= with a number from 0 to %d, or leave it out", maxConns), err
+	}
+	if q.Stage != "" && !slices.Contains(gateway.StageWords, q.Stage) {
+		return q, "write stage= with one of " + strings.Join(gateway.StageWords, ", "), fmt.Errorf("stage=%.60q: there is no such stage", q.Stage)
 	}
 	if client := v.Get("client"); client != "" {
 		if q.Client, err = ParsePrefix(client); err != nil {

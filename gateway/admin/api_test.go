@@ -42,6 +42,10 @@ func TestEveryErrorSaysWhatToDoInstead(t *testing.T) {
 		{"GET", "map?limit=x", trusted, http.StatusBadRequest, "from 0 to 10000"},
 		{"GET", "conns?after=yesterday", trusted, http.StatusBadRequest, "next"},
 		{"GET", "conns?client=me", trusted, http.StatusBadRequest, "client=192.0.2.0/24"},
+		{"GET", "conns?stage=lunch", trusted, http.StatusBadRequest, "backend_queue, "},
+		{"GET", "conns?stge=relay", trusted, http.StatusBadRequest, "stage=STAGE"},
+		{"GET", "status?limit=3", trusted, http.StatusBadRequest, "leave it out"},
+		{"POST", "backends/drain?backend=a:%20b", trusted, http.StatusNotFound, "tlsnat show backends"},
 		{"POST", "backends/drain", trusted, http.StatusNotFound, "tlsnat show backends"},
 		{"POST", "backends/drain?backend=192.0.2.1:1", trusted, http.StatusNotFound, "tlsnat show backends"},
 		{"POST", "backends/explode?backend=192.0.2.1:1", trusted, http.StatusNotFound, "POST /api/v1/backends/drain"},
@@ -53,7 +57,7 @@ func TestEveryErrorSaysWhatToDoInstead(t *testing.T) {
 		response, body := b.ask(t, c.method, "/api/v1/"+c.path, c.change)
 		var e admin.ErrorAnswer
 		if err := json.Unmarshal([]byte(body), &e); err != nil || response.StatusCode != c.status ||
-			response.Header.Get("Content-Type") != "application/json" || e.Error == "" || !strings.Contains(e.Instead, c.instead) {
+			response.Header.Get("Content-Type") != "application/json" || e.Error == "" || strings.Count(e.Error, `"`)%2 != 0 || !strings.Contains(e.Instead, c.instead) {
 			t.Errorf("%s %s: %s, %v: %s", c.method, c.path, response.Status, err, body)
 		}
 		if c.status == http.StatusMethodNotAllowed && !strings.HasPrefix(c.instead, response.Header.Get("Allow")+" ") {

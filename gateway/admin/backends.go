@@ -46,8 +46,8 @@ func (s *Server) backends(limit int) BackendsAnswer {
 func (s *Server) orderBackend(w http.ResponseWriter, r *http.Request, order gateway.BackendOrder) {
 	names, err := s.gateway.OrderBackend(r.URL.Query().Get("backend"), order)
 	if err != nil {
-		wrong, instead, _ := strings.Cut(err.Error(), ": ")
-		fail(w, http.StatusNotFound, wrong, instead)
+		at := strings.LastIndex(err.Error(), ": ") // what was asked for may have one, too
+		fail(w, http.StatusNotFound, err.Error()[:at], err.Error()[at+2:])
 		return
 	}
 	answerJSON(w, http.StatusOK, BackendOrderAnswer{names})
