@@ -258,18 +258,18 @@ func TestOtherKeysAreLeftAlone(t *testing.T) {
 	}
 }
 
-// TestKeyStaysWhatItIs for crypto/tls, which looks at the public key, and decrypts with it for old clients.
+// TestKeyStaysWhatItIs for crypto/tls, which looks at the public key, and for others that decrypt.
 func TestKeyStaysWhatItIs(t *testing.T) {
 	key := newKey(t, 2048)
 	signer := Signer(key)
 	if !key.PublicKey.Equal(signer.Public()) {
 		t.Error("another public key")
 	}
-	secret, err := rsa.EncryptPKCS1v15(rand.Reader, &key.PublicKey, []byte("secret"))
+	secret, err := rsa.EncryptOAEP(sha256.New(), rand.Reader, &key.PublicKey, []byte("secret"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := signer.(crypto.Decrypter).Decrypt(rand.Reader, secret, nil); err != nil || string(got) != "secret" {
+	if got, err := signer.(crypto.Decrypter).Decrypt(rand.Reader, secret, &rsa.OAEPOptions{Hash: crypto.SHA256}); err != nil || string(got) != "secret" {
 		t.Errorf("%q, %v", got, err)
 	}
 }
