@@ -6,7 +6,8 @@
 //	go test -run '^$' -bench 'Echo/(tlsnat|haproxy)/256B' ./bench
 //	go run ./bench/report -rounds 5
 //
-// A gateway is built (or found), started as a process of its own and pinned to one core. The load and the backend share another. What is reported is
+// A gateway is built (or found), started as a process of its own and pinned to one core. The load and the backend share another, and are made to be
+// cheaper than any gateway: one that waits for its load is measured half asleep. What is reported is
 // first of all the gateway's CPU time for a unit of work, read from its process clock (nanoseconds, ended threads included) before and after that
 // work, because CPU time stays put on a busy machine where wall time does not. Beside it: throughput, latency, proportional set size, descriptors.
 //

@@ -69,9 +69,12 @@ func (e errand) stream() {
 		w.tls = clientConfig(ecdsaDoor)
 	}
 	together(e.Count, func(int) error {
-		c, err := w.dial()
+		s, err := newSwarm()
+		if err == nil {
+			err = s.join(1, w)
+		}
 		for next := time.Now(); err == nil; time.Sleep(time.Until(next)) {
-			err = crowd{c}.bulk(size, 0)
+			err = s.bulk(size, 0)
 			next = next.Add(pause)
 		}
 		fmt.Fprintln(os.Stderr, err)

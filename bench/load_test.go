@@ -161,26 +161,7 @@ func echoOnce(c io.ReadWriter, sent, back []byte) error {
 	return nil
 }
 
-// echo lets every connection send `times` messages, one after the other, all connections at once. It returns how long each took.
-func (c crowd) echo(size, times int) ([]time.Duration, error) {
-	c.extend()
-	took := make([]time.Duration, len(c)*times)
-	sent := message(size)
-	err := together(len(c), func(i int) error {
-		back := make([]byte, size)
-		for k := range times {
-			began := time.Now()
-			if err := echoOnce(c[i], sent, back); err != nil {
-				return err
-			}
-			took[i*times+k] = time.Since(began)
-		}
-		return nil
-	})
-	return took, err
-}
-
-// echoPaced is echo at a fixed rate: each connection sends once a period, and all are spread over it. A message that could not be sent in time, because
+// echoPaced lets every connection send `times` messages at a fixed rate: each sends once a period, and all are spread over it. A message that could not be sent in time, because
 // the one before was not back, counts its wait too: the load does not slow down to be kind.
 func (c crowd) echoPaced(size, times int, period time.Duration) ([]time.Duration, error) {
 	c.extend()
@@ -204,44 +185,6 @@ func (c crowd) echoPaced(size, times int, period time.Duration) ([]time.Duration
 		return nil
 	})
 	return took, err
-}
-
-// bulk moves bytes through every connection, down and up at once, and returns when the backend has both sent and seen all of them.
-func (c crowd) bulk(down, up int) error {
-	c.extend()
-	return together(len(c), func(i int) error {
-		if _, err := c[i].Write(askBulk(uint64(down), uint64(up))); err != nil {
-			return fmt.Errorf("ask for bulk: %w", err)
-		}
-		sent := make(chan error, 1)
-		go func() { sent <- pour(c[i], up) }()
-		return errors.Join(drain(c[i], down+1), <-sent)
-	})
-}
-
-var zeros [256 << 10]byte
-
-func pour(w io.Writer, n int) error {
-	for n > 0 {
-		k, err := w.Write(zeros[:min(n, len(zeros))])
-		if err != nil {
-			return fmt.Errorf("bulk up, %d bytes to go: %w", n, err)
-		}
-		n -= k
-	}
-	return nil
-}
-
-func drain(r io.Reader, n int) error {
-	p := make([]byte, 256<<10)
-	for n > 0 {
-		k, err := r.Read(p[:min(n, len(p))])
-		n -= k
-		if err != nil && n > 0 {
-			return fmt.Errorf("bulk down, %d bytes to go: %w", n, err)
-		}
-	}
-	return nil
 }
 
 // visit is one whole connection: handshake, 256 bytes there and back, close. It tells whether the session was resumed.

@@ -199,12 +199,12 @@ func (g *gateway) cpuNow(b *testing.B) time.Duration {
 	return spent
 }
 
-func (g *gateway) fatal(b *testing.B, err error) {
-	b.Helper()
+func (g *gateway) fatal(t testing.TB, err error) {
+	t.Helper()
 	if g.process == nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
-	b.Fatalf("%v; last words of %s: %s", err, g.peer.name, g.lastWords())
+	t.Fatalf("%v; last words of %s: %s", err, g.peer.name, g.lastWords())
 }
 
 // reportPerOp reports a bill whose units are operations.

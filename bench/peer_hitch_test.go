@@ -27,12 +27,12 @@ var hitch = &peer{
 
 const hitchConfig = `
 frontend = {
-	host = "127.0.0.1"
+	host = "127.0.0.2"
 	port = "{ecdsa-port}"
 	pem-file = "{ecdsa-pem}"
 }
 frontend = {
-	host = "127.0.0.1"
+	host = "127.0.0.2"
 	port = "{rsa-port}"
 	pem-file = "{rsa-pem}"
 }

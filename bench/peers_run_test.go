@@ -5,6 +5,7 @@ package bench
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -38,12 +39,7 @@ func TestEveryPeerCarriesEveryDoor(t *testing.T) {
 				if _, _, err := g.way(d).visit(); err != nil {
 					t.Errorf("%s: %v", d, err)
 				}
-				c, err := g.way(d).dial()
-				if err != nil {
-					t.Fatalf("%s: %v", d, err)
-				}
-				defer c.Close()
-				if err := (crowd{c}).bulk(3<<20, 1<<20); err != nil {
+				if err := swarmFor(t, g, d, 2).bulk(3<<20, 1<<20); err != nil {
 					t.Errorf("%s: %v", d, err)
 				}
 			}
@@ -57,7 +53,8 @@ func TestEveryPeerResumes(t *testing.T) {
 			if p.missing != nil {
 				absent(t, p.missing)
 			}
-			w := p.openFor(t, false).way(ecdsaDoor)
+			g := p.openFor(t, false)
+			w := g.way(ecdsaDoor)
 			if w.tls == nil {
 				t.Skip("plain TCP")
 			}
@@ -66,6 +63,15 @@ func TestEveryPeerResumes(t *testing.T) {
 				resumed, _, err := w.visit()
 				if err != nil || resumed != (visit > 0) {
 					t.Fatalf("visit %d: resumed %v, %v", visit, resumed, err)
+				}
+			}
+			for _, resume := range []bool{false, true} {
+				v, err := g.way(ecdsaDoor).visitors(resume, true)
+				if err != nil {
+					t.Fatalf("the cheaper client: %v", err)
+				}
+				if err := visits(v)(new(bill)); err != nil {
+					t.Errorf("the cheaper client, resuming %v: %v", resume, err)
 				}
 			}
 		})
@@ -195,12 +201,8 @@ func allowed(t *testing.T, tid int) []int {
 
 func TestClosedLoopMeasuresEveryEcho(t *testing.T) {
 	g := direct.openFor(t, false)
-	c, err := crowd(nil).gather(8, g.way(tcpDoor))
-	defer c.close()
-	if err != nil {
-		t.Fatal(err)
-	}
-	took, err := c.echo(4096, 3)
+	s := swarmFor(t, g, tcpDoor, 8)
+	took, err := s.echo(s.lines, 4096, 3)
 	if err != nil || len(took) != 24 || slices.Min(took) <= 0 {
 		t.Errorf("%d echoes, %v: %v", len(took), err, took)
 	}
@@ -249,10 +251,7 @@ func TestBackendTakesBytesCutAnywhere(t *testing.T) {
 			}
 		}
 	}
-	if err := drain(c, 11); err != nil {
-		t.Fatal(err)
-	}
-	if err := (crowd{c}).bulk(1<<20, 1<<20); err != nil {
+	if _, err := io.CopyN(io.Discard, c, 11); err != nil {
 		t.Fatal(err)
 	}
 }

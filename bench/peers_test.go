@@ -203,10 +203,11 @@ func cleanEnv() []string {
 	})
 }
 
-// chooseAddresses gives each door a loopback address on which nobody listens just now.
+// chooseAddresses gives each door a loopback address on which nobody listens just now. It is not the one that connections on loopback come from, so that
+// none of them gets the port before the gateway does.
 func (s site) chooseAddresses(doors []door) error {
 	for _, d := range doors {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		l, err := net.Listen("tcp", "127.0.0.2:0")
 		if err != nil {
 			return err
 		}

@@ -41,7 +41,13 @@ func BenchmarkHandshake(b *testing.B) {
 				}
 				g.fatal(b, err)
 			}
-			benchVisits(b, g, w, c.resume && w.tls != nil)
+			v, err := w.visitors(c.resume && w.tls != nil, c.change == nil)
+			if err != nil {
+				g.fatal(b, err)
+			}
+			sum := g.measure(b, visits(v))
+			g.reportPerOp(b, sum)
+			sum.reportLatency(b)
 		})
 	}
 }
@@ -52,14 +58,34 @@ func speak12(c *tls.Config) {
 	c.CurvePreferences = []tls.CurveID{tls.X25519, tls.CurveP256}
 }
 
-func benchVisits(b *testing.B, g *gateway, w way, resumed bool) {
-	sum := g.measure(b, visits(w, resumed))
-	g.reportPerOp(b, sum)
-	sum.reportLatency(b)
+// visit is one whole connection, of whatever kind; it returns how long that took.
+type visit func() (time.Duration, error)
+
+// visitors are those who come through this way: plain, or with TLS and all of them resuming or none. Whoever offers what they all do (usual) is served by
+// the cheaper client.
+func (w way) visitors(resume, usual bool) (visit, error) {
+	call := w.visit
+	if w.tls != nil && usual {
+		v, err := w.visitor()
+		if err == nil && resume {
+			err = v.keepTicket()
+		}
+		if err != nil {
+			return nil, err
+		}
+		call = v.visit
+	}
+	return func() (time.Duration, error) {
+		resumed, took, err := call()
+		if err == nil && resumed != resume {
+			err = fmt.Errorf("session resumed: %v, should be %v", resumed, resume)
+		}
+		return took, err
+	}, nil
 }
 
 // visits is a round of new connections by 16 clients at once.
-func visits(w way, resumed bool) round {
+func visits(v visit) round {
 	times := 16
 	if short {
 		times = 2
@@ -68,14 +94,10 @@ func visits(w way, resumed bool) round {
 	return func(sum *bill) error {
 		err := together(16, func(client int) error {
 			for i := client * times; i < (client+1)*times; i++ {
-				r, t, err := w.visit()
-				if err == nil && r != resumed {
-					err = fmt.Errorf("session resumed: %v, should be %v", r, resumed)
-				}
-				if err != nil {
+				var err error
+				if took[i], err = v(); err != nil {
 					return err
 				}
-				took[i] = t
 			}
 			return nil
 		})
@@ -107,32 +129,39 @@ func BenchmarkCrowd(b *testing.B) {
 }
 
 func benchEcho(b *testing.B, g *gateway, d door, idle, busy, size int) {
-	sum := g.measure(b, echoes(gatherFor(b, g, d, idle+busy)[idle:], size))
+	s := swarmFor(b, g, d, idle+busy)
+	if _, err := s.echo(s.lines, 256, 1); err != nil { // their backends are there, their tickets have been read
+		g.fatal(b, err)
+	}
+	sum := g.measure(b, echoes(s, s.lines[idle:], size))
 	g.reportPerOp(b, sum)
 	sum.reportLatency(b)
 }
 
-// echoes is a round of echoes on each of the connections.
-func echoes(busy crowd, size int) round {
+// echoes is a round of echoes on each of some connections.
+func echoes(s *swarm, busy []*line, size int) round {
 	times := max(1, 4096/len(busy))
 	if short {
 		times = max(1, 512/len(busy))
 	}
 	return func(sum *bill) error {
-		took, err := busy.echo(size, times)
+		took, err := s.echo(busy, size, times)
 		sum.add(took)
 		return err
 	}
 }
 
-func gatherFor(b *testing.B, g *gateway, d door, n int) crowd {
-	b.Helper()
-	c, err := crowd(nil).gather(n, g.way(d))
-	b.Cleanup(func() { c.close() })
+func swarmFor(t testing.TB, g *gateway, d door, n int) *swarm {
+	t.Helper()
+	s, err := newSwarm()
 	if err != nil {
-		g.fatal(b, err)
+		t.Fatal(err)
 	}
-	return c
+	t.Cleanup(s.close)
+	if err := s.join(n, g.way(d)); err != nil {
+		g.fatal(t, err)
+	}
+	return s
 }
 
 // BenchmarkBulk moves payload over four connections: from the backend to the clients, from the clients to the backend, and both at once.
@@ -229,9 +258,14 @@ func BenchmarkSwitch(b *testing.B) {
 func switchRound(b *testing.B, g *gateway, w string) round {
 	switch w {
 	case "handshake":
-		return visits(g.way(ecdsaDoor), false)
+		v, err := g.way(ecdsaDoor).visitors(false, true)
+		if err != nil {
+			g.fatal(b, err)
+		}
+		return visits(v)
 	case "echo":
-		return echoes(gatherFor(b, g, ecdsaDoor, 64), 256)
+		s := swarmFor(b, g, ecdsaDoor, 64)
+		return echoes(s, s.lines, 256)
 	case "down":
 		return streams(b, g, ecdsaDoor, 1, 0)
 	}
@@ -248,17 +282,10 @@ func streams(b *testing.B, g *gateway, d door, down, up int) round {
 	if short {
 		size = 2 << 20
 	}
-	c := make(crowd, 4)
-	b.Cleanup(c.close)
-	for i := range c {
-		var err error
-		if c[i], err = g.way(d).dial(); err != nil {
-			g.fatal(b, err)
-		}
-	}
+	s := swarmFor(b, g, d, 4)
 	return func(sum *bill) error {
-		sum.units += len(c) * (down + up) * size
-		return c.bulk(down*size, up*size)
+		sum.units += len(s.lines) * (down + up) * size
+		return s.bulk(down*size, up*size)
 	}
 }
 
@@ -405,7 +432,11 @@ func BenchmarkLatency(b *testing.B) {
 			if c.load > 0 && g.peer == direct {
 				b.Skip("direct: no gateway to shake hands with")
 			}
-			all := gatherFor(b, g, ecdsaDoor, 64)
+			all, err := crowd(nil).gather(64, g.way(ecdsaDoor))
+			b.Cleanup(func() { all.close() })
+			if err != nil {
+				g.fatal(b, err)
+			}
 			beside := errand{Do: "stream", Addr: g.at[ecdsaDoor], TLS: g.peer != direct, Count: 4, Rate: c.rate}
 			if c.load > 0 {
 				beside = errand{Do: "knock", Addr: g.at[ecdsaDoor], Rate: c.load * g.capacity(b)}
