@@ -31,7 +31,7 @@ func (c *conn) answerAndLinger(words []byte) stage {
 
 // startLinger ends our stream to the client and waits for the end of its own.
 func (c *conn) startLinger() stage {
-	_ = unix.Shutdown(int(c.client.fd), unix.SHUT_WR)
+	sysShutdown(c.client.fd, unix.SHUT_WR)
 	c.pending = nil
 	c.setDeadline(int64(lastWordsTime))
 	return lingering
@@ -143,7 +143,7 @@ func (c *conn) deliver(f *flow, to *socket) int {
 	held := f.held(to)
 	if c.lastWords && (f == &c.up) == c.report.byBackend && !f.closed && c.lastSaid(f, to) && held == 0 {
 		f.closed = true
-		_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
+		sysShutdown(to.fd, unix.SHUT_WR)
 	}
 	return held + unsent(to.fd)
 }

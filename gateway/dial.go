@@ -318,7 +318,7 @@ func (c *conn) earlyWords(d *dialling) []byte {
 func sendEarly(fd int32, b []byte) (int, error) {
 	n, e := sysWrite(fd, b)
 	if e != 0 && e != unix.EINPROGRESS {
-		_ = unix.Close(int(fd))
+		sysClose(fd)
 		return 0, e
 	}
 	return max(n, 0), unix.EINPROGRESS
@@ -365,10 +365,10 @@ func connectTo(family, protocol int, sa unix.Sockaddr, prepare func(fd int) erro
 		return -1, err
 	}
 	if err = prepare(fd); err == nil {
-		err = unix.Connect(fd, sa)
+		err = sysConnect(int32(fd), sa)
 	}
 	if err != nil && err != unix.EINPROGRESS {
-		_ = unix.Close(fd)
+		sysClose(int32(fd))
 		return -1, err
 	}
 	return int32(fd), err

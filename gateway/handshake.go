@@ -200,7 +200,7 @@ func (c *conn) nudgeHandshake() stage {
 // the stream, and the conn is finished when it reports back.
 func (c *conn) giveUpHandshake(why string) {
 	c.tell(HandshakeFailed, why)
-	_ = unix.Shutdown(int(c.client.fd), unix.SHUT_RDWR)
+	sysShutdown(c.client.fd, unix.SHUT_RDWR)
 	c.hs.wire.nudge()
 }
 

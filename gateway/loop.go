@@ -180,7 +180,7 @@ func (l *loop) closeSocket(s *socket) {
 	if int(s.fd) < len(l.socks) && l.socks[s.fd] == s {
 		l.socks[s.fd] = nil
 	}
-	_ = unix.Close(int(s.fd))
+	sysClose(s.fd)
 	if s.tls != nil {
 		s.tls.reader.Wipe()
 		s.tls.writer.Wipe()

@@ -59,16 +59,16 @@ func (o *outbound) protocol() int {
 // tune sets what holds for both of a connection's sockets. What a kernel does not know is left out.
 func (o *outbound) tune(fd int32, family int) {
 	if o.userTimeout > 0 {
-		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, o.userTimeout)
+		_ = sysSet(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, o.userTimeout)
 	}
 	if o.dscp < 0 {
 		return
 	}
 	const ecnBits = 2 // the code point is the upper six bits of the byte (RFC 2474, section 3; RFC 3168)
 	if family == unix.AF_INET6 {
-		_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_TCLASS, o.dscp<<ecnBits)
+		_ = sysSet(fd, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, o.dscp<<ecnBits)
 	}
-	_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_TOS, o.dscp<<ecnBits) // IPv4 on an IPv6 socket, too
+	_ = sysSet(fd, unix.IPPROTO_IP, unix.IP_TOS, o.dscp<<ecnBits) // IPv4 on an IPv6 socket, too
 }
 
 // tuneClient sets it for the client's socket, which is known to be the rule's only now.
@@ -190,14 +190,14 @@ func (o *outbound) prepare(d *net.Dialer) {
 // keepAliveAs has the kernel ask a silent peer as keepalive= says.
 func (o *outbound) keepAliveAs(fd int32) {
 	if o.keepalive < 0 {
-		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 0)
+		_ = sysSet(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 0)
 		return
 	}
 	keepAlive(fd)
 	const longest = 32767 // seconds: MAX_TCP_KEEPIDLE of the kernel
 	idle := min(max(int(o.keepalive/time.Second), 1), longest)
-	_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, idle)
-	_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, min(idle, keepaliveInterval))
+	_ = sysSet(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, idle)
+	_ = sysSet(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, min(idle, keepaliveInterval))
 }
 
 // keepKnown has the kernel keep a connection alive that has fallen silent (the client's socket has that from its

@@ -255,7 +255,7 @@ func (c *conn) passEnd(f *flow, to *socket) {
 	if c.other(f).closed && to.hup && !to.readable && !to.kernelOpens() {
 		return // both streams are over, and nothing is left unread: closing the socket sends the FIN
 	}
-	_ = unix.Shutdown(int(to.fd), unix.SHUT_WR)
+	sysShutdown(to.fd, unix.SHUT_WR)
 	c.setDeadline(int64(c.route.linger))
 }
 
@@ -293,6 +293,6 @@ func (c *conn) sayGoodbye() {
 		if d.s.tls != nil && !d.f.closed && !d.f.cutShort {
 			c.say(d.f, d.s, record.AlertCloseNotify)
 		}
-		_ = unix.Shutdown(int(d.s.fd), unix.SHUT_WR)
+		sysShutdown(d.s.fd, unix.SHUT_WR)
 	}
 }

@@ -10,8 +10,9 @@ import (
 )
 
 // The system calls of the loops. All of them are non-blocking, so they are made without telling the scheduler
-// (RawSyscall): entering and leaving a system call the usual way costs more than some of these calls do. They take
-// microseconds at most, and a stop of the world waits for that long.
+// (RawSyscall): entering and leaving a system call the usual way costs more than some of these calls do, and wakes the
+// runtime's monitor, which on a core that is not busy all the time then took 5 % of it, and moved the loop from thread to
+// thread. They take microseconds, and a stop of the world waits for that long.
 
 // sysRead reads from a socket: n == 0 and no error is the end of the stream. recvfrom(2) goes to the socket directly,
 // where read(2) goes through the file system's layer: 3 % of an echo.
@@ -68,6 +69,40 @@ func sysAccept(fd int32) (int32, netip.AddrPort, unix.Errno) {
 		return -1, netip.AddrPort{}, e
 	}
 	return int32(n), addrPortOf(&sa), 0
+}
+
+// sysClose closes a socket that is connected, or was about to be.
+func sysClose(fd int32) { _, _, _ = unix.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+// sysShutdown ends our stream, or with SHUT_RDWR both.
+func sysShutdown(fd int32, how int) {
+	_, _, _ = unix.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), uintptr(how), 0)
+}
+
+// sysSet sets an option whose value is a number.
+func sysSet(fd int32, level, option, value int) unix.Errno {
+	v := int32(value)
+	_, _, e := unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option), uintptr(unsafe.Pointer(&v)), unsafe.Sizeof(v), 0)
+	return e
+}
+
+// sysConnect tells a non-blocking socket to connect.
+func sysConnect(fd int32, to unix.Sockaddr) error {
+	var e unix.Errno
+	switch to := to.(type) {
+	case *unix.SockaddrInet4:
+		sa := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: swapped(uint16(to.Port)), Addr: to.Addr}
+		_, _, e = unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa)), unsafe.Sizeof(sa))
+	case *unix.SockaddrInet6:
+		sa := unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: swapped(uint16(to.Port)), Addr: to.Addr, Scope_id: to.ZoneId}
+		_, _, e = unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa)), unsafe.Sizeof(sa))
+	default:
+		return unix.Connect(int(fd), to)
+	}
+	if e != 0 {
+		return e
+	}
+	return nil
 }
 
 // addrPortOf reads an IPv4 or IPv6 socket address; IPv4 in IPv6 is IPv4.
@@ -127,11 +162,11 @@ func takeError(fd int32) unix.Errno {
 
 // delayAcks has the acknowledgement of what comes next wait for data of ours to go along with: a packet less for each
 // question that is answered at once.
-func delayAcks(fd int32) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0) }
+func delayAcks(fd int32) { _ = sysSet(fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, 0) }
 
 // ackNow sends the acknowledgement that waits, and leaves those after it as they were (any even number but 0 does that).
 // Without it a backend that speaks first hears of its connection only after TCP_DELACK_MAX, which is 200 ms.
-func ackNow(fd int32) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_QUICKACK, 2) }
+func ackNow(fd int32) { _ = sysSet(fd, unix.IPPROTO_TCP, unix.TCP_QUICKACK, 2) }
 
 // keepAlive has the kernel ask a silent peer from time to time whether it is still there.
 func keepAlive(fd int32) {
@@ -141,8 +176,8 @@ func keepAlive(fd int32) {
 		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepaliveInterval},
 		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepaliveCount},
 	} {
-		_ = unix.SetsockoptInt(int(fd), o[0], o[1], o[2]) // a kernel without one of them still works
+		_ = sysSet(fd, o[0], o[1], o[2]) // a kernel without one of them still works
 	}
 }
 
-func setNodelay(fd int32) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) }
+func setNodelay(fd int32) { _ = sysSet(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) }
