@@ -70,7 +70,7 @@ type site struct {
 // direct is no gateway: the load speaks plain TCP to the backend. It shows what the load, the backend and the machine cost by themselves.
 var direct = &peer{name: "direct", doors: []door{ecdsaDoor, rsaDoor, passDoor, tcpDoor}}
 
-// peers are in the order they take their turns.
+// peers are in the order of the tables.
 var peers = []*peer{direct, tlsnat, haproxy, nginx, hitch, stunnel}
 
 // find looks for the binary: the variable first, then the path, then where Debian keeps servers.
