@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway"
 )
 
 // way is a way through the gateway: how bytes are carried, and so who carries their end.
@@ -822,7 +824,7 @@ func (r *rekeying) Write(b []byte) (n int, err error) {
 		out = append(out, r.data(b[n:n+m])...)
 		if n += m; rand.IntN(8) == 0 && m > 2000 { // not so many that it's a storm
 			// Before Linux 6.14 the kernel can't answer a request.
-			out = append(out, r.update(rand.IntN(2) == 0 && os.Getenv("KTLS_EAGER") == "")...)
+			out = append(out, r.update(rand.IntN(2) == 0 && (os.Getenv("KTLS_EAGER") == "" || gateway.EagerToRekey()))...)
 		}
 	}
 	_, err = r.TCPConn.Write(out)

@@ -25,6 +25,7 @@ func (c *conn) relay() stage {
 	}
 	c.mend(&c.client)
 	c.mend(&c.backend)
+	c.answerUpdates()
 	switch {
 	case c.report.told:
 		return c.violated()

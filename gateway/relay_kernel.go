@@ -276,8 +276,14 @@ func (c *conn) judge(f *flow, from *socket, typ byte, p []byte) {
 		}
 	}
 	c.heed(f, from, rec)
-	if from.tls.asked {
-		c.renewKeys(c.other(f), from)
+}
+
+// answerUpdates gives one answer for all the KeyUpdates of a turn that ask for one: the kernel brings them one by one.
+func (c *conn) answerUpdates() {
+	for _, s := range [...]*socket{&c.client, &c.backend} {
+		if s.kernelOpens() && s.tls.asked && !c.report.told && s.failed == 0 {
+			c.renewKeys(c.flowTo(s), s)
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -25,6 +26,9 @@ func init() {
 		kernelWorth = 0
 	}
 }
+
+// EagerToRekey: it does so, and follows KeyUpdates there.
+var EagerToRekey = sync.OnceValue(func() bool { return os.Getenv("KTLS_EAGER") != "" && probeKernel().Rekey })
 
 // needKernel skips the test where the kernel has no TLS, and fails it where it has to have it: in the VM.
 func needKernel(t *testing.T) *ktls.Support {

@@ -11,14 +11,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 )
 
 // modules are what tls needs, in the order in which they can be loaded: nobody answers the kernel's own requests for
 // them there. What one kernel has as a module another has built in, or under no name at all.
 var modules = []string{"crypto_null", "cryptd", "crypto_simd", "gf128mul", "libchacha", "libpoly1305", "ghash-generic", "ctr", "gcm",
-	"ccm", "chacha_generic", "poly1305_generic", "chacha20poly1305", "aesni-intel", "ghash-clmulni-intel", "chacha-x86_64",
+	"ccm", "chacha_generic", "chacha", "poly1305_generic", "libchacha20poly1305", "chacha20poly1305", "aesni-intel", "ghash-clmulni-intel", "chacha-x86_64",
 	"poly1305-x86_64", "tls"}
+
+// versioned is what a package that has the files of a kernel is called.
+var versioned = regexp.MustCompile(`^linux-image-\d+\.\d+\.\d+`)
 
 // kernel is one of Debian's, unpacked, not installed.
 type kernel struct {
@@ -58,7 +62,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// concrete is the versioned package behind a meta package.
+// concrete is the versioned package behind a meta package, or is given itself.
 func concrete(meta string) (string, error) {
 	out, err := exec.Command("apt-cache", "depends", "--important", meta).Output()
 	if err != nil {
@@ -68,6 +72,9 @@ func concrete(meta string) (string, error) {
 		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: linux-image-"); ok {
 			return "linux-image-" + name, nil
 		}
+	}
+	if versioned.MatchString(meta) && len(out) > 0 {
+		return meta, nil
 	}
 	return "", fmt.Errorf("apt knows no package %s; 'apt-get update' may help", meta)
 }
