@@ -26,6 +26,8 @@
 //	pss-B           proportional set size of all of the gateway's processes
 //	pss-B/conn      what a connection adds to it
 //	fds/conn        descriptors a connection holds in the gateway
+//	times-NAME      the gateway's CPU time as a multiple of a peer's, both at work by turns; times-best: of the best peer's
+//	times-bare      as a multiple of its own under a map of four plain rules
 //	offered/s       connections a second that were begun beside the measured ones
 //
 // Another binary is given by BENCH_TLSNAT, BENCH_HAPROXY, BENCH_NGINX, BENCH_HITCH and BENCH_STUNNEL; BENCH_SHORT=1 (or -short) makes every crowd small.

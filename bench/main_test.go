@@ -158,18 +158,21 @@ func (sum *bill) add(took []time.Duration) {
 	sum.took = append(sum.took, took...)
 }
 
+// cpuPerUnit is in nanoseconds.
+func (sum *bill) cpuPerUnit() float64 { return float64(sum.cpu) / float64(sum.units) }
+
 // A round is a piece of work that adds its units to the bill.
 type round func(sum *bill) error
 
 // measure repeats a round for the benchmark's time, after one that warms everything up and is not on the bill.
 func (g *gateway) measure(b *testing.B, r round) *bill {
 	b.Helper()
-	return alternate(b, []*gateway{g}, []round{r})[0]
+	return alternate(b, []*gateway{g}, []round{r}, 1)[0]
 }
 
-// alternate does that with several gateways, a round of each in turn, so that what the machine does meanwhile concerns all alike. A gateway is billed for
-// its turns.
-func alternate(b *testing.B, gateways []*gateway, rounds []round) []*bill {
+// alternate does that with several gateways, a round of each in turn, so that what the machine does meanwhile concerns all alike; each has so many turns at
+// least, and is billed for its own.
+func alternate(b *testing.B, gateways []*gateway, rounds []round, turns int) []*bill {
 	b.Helper()
 	sums := make([]*bill, len(gateways))
 	for i, g := range gateways {
@@ -180,7 +183,9 @@ func alternate(b *testing.B, gateways []*gateway, rounds []round) []*bill {
 	}
 	runtime.GC()
 	for b.Loop() {
-		for i, g := range gateways {
+		for k := range turns * len(gateways) {
+			i := k % len(gateways)
+			g := gateways[i]
 			cpu, began := g.cpuNow(b), time.Now()
 			if err := rounds[i](sums[i]); err != nil {
 				g.fatal(b, err)

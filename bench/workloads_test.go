@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -224,6 +225,42 @@ func BenchmarkLoops(b *testing.B) {
 	}
 }
 
+// BenchmarkBeside sets all gateways at the same work by turns of a tenth of a second, and reports tlsnat's CPU time as a multiple of each peer's
+// (times-NAME) and of the best one's (times-best). What the machine does meanwhile concerns all alike, so these are the ratios to go by on one that others
+// use, too.
+func BenchmarkBeside(b *testing.B) {
+	if tlsnat.missing != nil {
+		b.Fatal(tlsnat.missing)
+	}
+	for _, w := range []string{"handshake", "resumed", "rsa", "echo", "down", "up", "tcp-echo", "tcp-down", "tcp-up"} {
+		b.Run("peer=tlsnat/"+w, func(b *testing.B) {
+			var gateways []*gateway
+			var rounds []round
+			for _, p := range peers {
+				if p.missing != nil || p == direct || !p.has(doorTo(w)) {
+					continue
+				}
+				g := p.openFor(b, strings.HasSuffix(w, "down") || strings.HasSuffix(w, "up"))
+				gateways, rounds = append(gateways, g), append(rounds, roundOf(b, g, w))
+			}
+			turns := 8
+			if short {
+				turns = 1
+			}
+			sums := alternate(b, gateways, rounds, turns)
+			best := 0.0
+			for i, g := range gateways {
+				if times := sums[0].cpuPerUnit() / sums[i].cpuPerUnit(); i > 0 {
+					best = max(best, times)
+					b.ReportMetric(times, "times-"+g.peer.name)
+				}
+			}
+			b.ReportMetric(best, "times-best")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
 // BenchmarkSwitch is what all that can be switched on costs: handshakes, echo and bulk under a map of 10,000 rules with lists, limits, checks and
 // balancing, in turns with the same under four rules without options (times-bare).
 func BenchmarkSwitch(b *testing.B) {
@@ -241,35 +278,48 @@ func BenchmarkSwitch(b *testing.B) {
 				if _, err := g.settledPSS(); err != nil { // what reading the map has left behind is given back by then
 					b.Fatal(err)
 				}
-				rounds = append(rounds, switchRound(b, g, w))
+				rounds = append(rounds, roundOf(b, g, w))
 			}
-			sums := alternate(b, gateways, rounds)
+			sums := alternate(b, gateways, rounds, 1)
 			bare, full := sums[0], sums[1]
 			if w == "down" || w == "up" {
 				gateways[1].reportPerGiB(b, full)
 			} else {
 				gateways[1].reportPerOp(b, full)
 			}
-			b.ReportMetric(float64(full.cpu)/float64(full.units)/(float64(bare.cpu)/float64(bare.units)), "times-bare")
+			b.ReportMetric(full.cpuPerUnit()/bare.cpuPerUnit(), "times-bare")
 		})
 	}
 }
 
-func switchRound(b *testing.B, g *gateway, w string) round {
-	switch w {
-	case "handshake":
-		v, err := g.way(ecdsaDoor).visitors(false, true)
-		if err != nil {
-			g.fatal(b, err)
-		}
-		return visits(v)
+// doorTo is the door for a work, by the name that roundOf knows.
+func doorTo(w string) door {
+	switch {
+	case w == "rsa":
+		return rsaDoor
+	case strings.HasPrefix(w, "tcp-"):
+		return tcpDoor
+	}
+	return ecdsaDoor
+}
+
+// roundOf is a round of a work by its name, a tenth of a second or so.
+func roundOf(b *testing.B, g *gateway, w string) round {
+	d := doorTo(w)
+	switch strings.TrimPrefix(w, "tcp-") {
 	case "echo":
-		s := swarmFor(b, g, ecdsaDoor, 64)
+		s := swarmFor(b, g, d, 64)
 		return echoes(s, s.lines, 256)
 	case "down":
-		return streams(b, g, ecdsaDoor, 1, 0)
+		return streams(b, g, d, 1, 0)
+	case "up":
+		return streams(b, g, d, 0, 1)
 	}
-	return streams(b, g, ecdsaDoor, 0, 1)
+	v, err := g.way(d).visitors(w == "resumed", true)
+	if err != nil {
+		g.fatal(b, err)
+	}
+	return visits(v)
 }
 
 func benchBulk(b *testing.B, g *gateway, d door, down, up int) {

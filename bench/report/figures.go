@@ -138,6 +138,7 @@ var (
 	cpuPerOp   = scale{metric: "cpu-ns/op", unit: "µs", factor: 1e-3}
 	cpuPerGiB  = scale{metric: "cpu-s/GiB", unit: "s/GiB", factor: 1}
 	timesBare  = scale{metric: "times-bare", unit: "", factor: 1}
+	timesBest  = scale{metric: "times-best", unit: "", factor: 1}
 	idleCPU    = scale{metric: "cpu-ns/conn/s", unit: "ns/s", factor: 1}
 	memory     = scale{metric: "pss-B/conn", unit: "KiB", factor: 1.0 / 1024}
 	files      = scale{metric: "fds/conn", unit: "", factor: 1}

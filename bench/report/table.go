@@ -45,6 +45,17 @@ var sections = []table{
 		{"half a ClientHello accepted", "HalfHello/4000", cpuPerOp},
 		{"an idle connection, of 8,000", "Idle/8000", idleCPU},
 	}},
+	{"tlsnat's CPU time as a multiple of the best peer's, all at work by turns of a tenth of a second", []row{
+		{"full handshake + 256 B echo, ECDSA P-256", "Beside/handshake", timesBest},
+		{"the same, RSA-2048", "Beside/rsa", timesBest},
+		{"resumed handshake + 256 B echo", "Beside/resumed", timesBest},
+		{"echo of 256 B, 64 connections", "Beside/echo", timesBest},
+		{"bulk, backend to client", "Beside/down", timesBest},
+		{"bulk, client to backend", "Beside/up", timesBest},
+		{"`mode=tcp` echo of 256 B", "Beside/tcp-echo", timesBest},
+		{"`mode=tcp` bulk down", "Beside/tcp-down", timesBest},
+		{"`mode=tcp` bulk up", "Beside/tcp-up", timesBest},
+	}},
 	{"TLS to the backend, and a second event loop", []row{
 		{"bulk down, TLS ends here", "Reencrypt/terminate-down", cpuPerGiB},
 		{"the same, encrypted again to the backend", "Reencrypt/reencrypt-down", cpuPerGiB},
