@@ -167,9 +167,12 @@ var orders = map[BackendOrder]uint32{DrainBackend: isDraining, MaintainBackend: 
 // maxMarks bounds what is remembered of orders: they are typed.
 const maxMarks = 10_000
 
+// ErrOrders is that of OrderBackend when no further order can be remembered.
+var ErrOrders = fmt.Errorf("%d backends are drained or in maintenance already: make some of them ready first", maxMarks)
+
 // OrderBackend puts a backend into a state that stays until the next order, over reloads and whether its address comes
 // and goes. word is its address as Backends has it, an IP address for all its ports, or a name for all it leads to. It
-// returns the addresses that are meant now; that there is none is an error.
+// returns the addresses that are meant now; that there is none is an error, and so is ErrOrders.
 func (g *Gateway) OrderBackend(word string, order BackendOrder) ([]string, error) {
 	mark, ok := orders[order]
 	if !ok {
@@ -244,11 +247,12 @@ func (r *route) find(at netip.AddrPort) {
 func (k *keeper) meant(gen *generation, word string) (meant []*server) {
 	seen := map[*server]bool{}
 	at, _ := netip.ParseAddrPort(word)
+	host, _ := netip.ParseAddr(word) // for all its ports
 	for _, r := range gen.routes {
 		r.find(at)
 		r.eachServer(func(b *backend, s *server) {
 			named := b.name != nil && (b.name.host == word || b.name.host+":"+strconv.Itoa(int(s.addr.Port())) == word)
-			if !seen[s] && (named || s.isCalled(word)) {
+			if !seen[s] && (named || s.isCalled(word) || host.IsValid() && s.addr.Addr() == host) {
 				seen[s] = true
 				meant = append(meant, s)
 			}
@@ -263,7 +267,7 @@ func (k *keeper) remember(word string, meant []*server, mark uint32) error {
 	k.known.Lock()
 	defer k.known.Unlock()
 	if mark != 0 && len(k.marks)+len(meant) >= maxMarks {
-		return fmt.Errorf("%d backends are drained or in maintenance already: make some of them ready first", len(k.marks))
+		return ErrOrders
 	}
 	delete(k.marks, word)
 	if _, err := netip.ParseAddr(word); err == nil && mark != 0 {

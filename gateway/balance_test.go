@@ -4,6 +4,7 @@ package gateway
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -325,6 +326,40 @@ func TestSlowStartEndsAfterAReload(t *testing.T) {
 			t.Errorf("its slow start was over after %v", age)
 		}
 		warm()
+	}
+}
+
+// TestOrdersHaveABound: what is beyond it changes nothing, and ready makes room.
+func TestOrdersHaveABound(t *testing.T) {
+	c := chooser(t, ":1-20000 -> 10.0.0.1:1-20000 mode=tcp")
+	g := c.loop.gw
+	addr := func(i int) string { return fmt.Sprintf("10.0.0.1:%d", i+1) }
+	drained := 0
+	var err error
+	for err == nil {
+		if _, err = g.OrderBackend(addr(drained), DrainBackend); err == nil {
+			drained++
+		}
+	}
+	if !errors.Is(err, ErrOrders) || drained != maxMarks-1 {
+		t.Fatalf("%d orders, then %v", drained, err)
+	}
+	drains := func(i int) bool {
+		for _, s := range c.servers() {
+			if s.name == addr(i) {
+				return s.state.Load()&isDraining != 0
+			}
+		}
+		return false
+	}
+	if drains(drained) || !drains(drained-1) {
+		t.Errorf("the last order: %v, the one too many: %v", drains(drained-1), drains(drained))
+	}
+	if _, err := g.OrderBackend(addr(0), ReadyBackend); err != nil || drains(0) {
+		t.Errorf("%v, it drains: %v", err, drains(0))
+	}
+	if _, err := g.OrderBackend(addr(drained), DrainBackend); err != nil || !drains(drained) {
+		t.Errorf("%v, it drains: %v", err, drains(drained))
 	}
 }
 

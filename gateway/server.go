@@ -200,24 +200,18 @@ func (k *keeper) marked(s *server) uint32 {
 	if mark, ok := k.marks[s.name]; ok {
 		return mark
 	}
-	for word, mark := range k.marks {
-		if s.isCalled(word) {
-			return mark
-		}
+	if !s.addr.IsValid() || len(k.marks) == 0 {
+		return 0
 	}
-	return 0
+	return k.marks[s.addr.Addr().String()]
 }
 
 // asTold is why a server is in the state that an operator has put it in.
 var asTold = "an operator has said so"
 
-// isCalled says whether an operator may mean this server by a word: its name, or its host for all ports.
+// isCalled says whether an operator may mean this server by a word: its name, or the path of its socket.
 func (s *server) isCalled(word string) bool {
-	if s.name == word || s.unix != "" && s.unix == strings.TrimPrefix(word, "unix:") {
-		return true
-	}
-	a, err := netip.ParseAddr(strings.Trim(word, "[]"))
-	return err == nil && s.addr.IsValid() && s.addr.Addr() == a.Unmap()
+	return s.name == word || s.unix != "" && s.unix == strings.TrimPrefix(word, "unix:")
 }
 
 // change sets the bits of a server's state that are in mask, and does what comes with it. The keeper's lock is held.

@@ -255,10 +255,11 @@ type EndedConn struct {
 	AgoMS      int64  `json:"ago_ms"` // since it ended
 }
 
-// Ended are the connections that ended last, the latest first: at most limit of those with outcome ok, and as many of the
-// others, which the former would push out. So would load balancers' probes, which are left out.
-func (g *Gateway) Ended(ctx context.Context, limit int) []EndedConn {
-	all := ask(ctx, g, func(l *loop) []EndedConn { return append(l.ended.list(l.now), l.failed.list(l.now)...) })
+// Ended are those of the connections that ended last that the query is about, the latest first: at most limit of those with
+// outcome ok, and as many of the others, which the former would push out. So would load balancers' probes, which are left
+// out. The query's own limit and its place are for those that are open.
+func (g *Gateway) Ended(ctx context.Context, q ConnQuery, limit int) []EndedConn {
+	all := ask(ctx, g, func(l *loop) []EndedConn { return append(l.ended.list(&q, l.now), l.failed.list(&q, l.now)...) })
 	slices.SortFunc(all, func(a, b EndedConn) int { return cmp.Compare(a.AgoMS, b.AgoMS) })
 	room := map[bool]int{true: limit, false: limit}
 	return slices.DeleteFunc(all, func(c EndedConn) bool {
@@ -334,9 +335,9 @@ func (e *endedRing) add(r *report, now int64) {
 	e.next = (e.next + 1) % len(e.ring)
 }
 
-func (e *endedRing) list(now int64) (all []EndedConn) {
+func (e *endedRing) list(q *ConnQuery, now int64) (all []EndedConn) {
 	for i := range e.ring {
-		if entry := &e.ring[i]; entry.at != 0 {
+		if entry := &e.ring[i]; entry.at != 0 && q.fits(&entry.report, entry.report.stage) {
 			r := &entry.report
 			all = append(all, EndedConn{ConnInfo: r.info(), Outcome: r.outcome.String(), Error: r.err,
 				DurationMS: millis(entry.at - r.accepted), AgoMS: millis(now - entry.at)})

@@ -96,7 +96,7 @@ func surveyed[T any](ctx context.Context, g *Gateway, view func(*loop) viewer[T]
 	return join(ctx, g, answers)
 }
 
-// ConnQuery says which of the open connections are meant: those that fit everything that is not empty.
+// ConnQuery says which connections are meant: those that fit everything that is not empty.
 type ConnQuery struct {
 	Limit   int          // of how many is told
 	After   string       // what Conns has returned as next, for those that come behind
@@ -105,18 +105,17 @@ type ConnQuery struct {
 	Name    string       // that the client asked for
 	Rule    string       // "edge.natmap:3"
 	Backend string       // "10.0.0.12:8080"
-	Stage   string       // "relay"
+	Stage   string       // "relay": what it waits for, or waited for when it ended
 }
 
-func (q *ConnQuery) fits(c *conn) bool {
-	r := &c.report
+func (q *ConnQuery) fits(r *report, at stage) bool {
 	switch {
 	case q.Client.IsValid() && !q.Client.Contains(r.source.Addr().Unmap()),
 		q.Listen != "" && q.Listen != r.listen.nameAt(r.port),
 		q.Name != "" && q.Name != r.sni,
 		q.Rule != "" && (r.route == nil || q.Rule != r.route.label),
 		q.Backend != "" && q.Backend != r.backend,
-		q.Stage != "" && q.Stage != c.stage.String():
+		q.Stage != "" && q.Stage != at.String():
 		return false
 	}
 	return true
@@ -182,7 +181,7 @@ type ranked struct {
 
 func (n *newest) see(c *conn) {
 	p := rankOf(&c.report)
-	if n.query.After != "" && p.compare(n.after) <= 0 || !n.query.fits(c) {
+	if n.query.After != "" && p.compare(n.after) <= 0 || !n.query.fits(&c.report, c.stage) {
 		return
 	}
 	if most := n.query.Limit + 1; len(n.top) == most {

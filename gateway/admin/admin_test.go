@@ -403,6 +403,11 @@ func TestConnectionsAreShownAsTheyAre(t *testing.T) {
 	if i < 0 || all.Ended[i].Outcome != "unknown_name" || all.Ended[i].Error == "" {
 		t.Errorf("ended: %+v", all.Ended)
 	}
+	for query, want := range map[string]int{"name=unknown.test": 1, "listen=" + b.plain: 1, "listen=" + b.tls: 6, "backend=demo": 4, "client=192.0.2.0/24": 0} {
+		if some := get[conns](t, b, "conns?"+query); len(some.Ended) != want {
+			t.Errorf("%s: %d of the connections that ended, want %d: %+v", query, len(some.Ended), want, some.Ended)
+		}
+	}
 }
 
 // A load balancer's probes are connections that nobody wants to read about.
@@ -753,7 +758,7 @@ func TestAnswersWhenTheLoopsAreGone(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	open, _, err := b.gateway.Conns(ctx, gateway.ConnQuery{Limit: 10})
-	if ended := b.gateway.Ended(ctx, 10); len(open)+len(ended) != 0 || ctx.Err() != nil || err != nil {
+	if ended := b.gateway.Ended(ctx, gateway.ConnQuery{}, 10); len(open)+len(ended) != 0 || ctx.Err() != nil || err != nil {
 		t.Errorf("%v, %v, %v, %v", open, ended, ctx.Err(), err)
 	}
 	if all := get[conns](t, b, "conns"); len(all.Connections) != 0 || all.Total != 0 || all.Connections == nil {

@@ -202,7 +202,7 @@ func (s *Server) connsEndpoint() Endpoint {
 			fail(w, http.StatusBadRequest, err.Error(), "write after= as it stood in next, or leave it out to begin with the newest")
 			return
 		}
-		answerJSON(w, http.StatusOK, ConnsAnswer{s.gateway.Status().Connections.Open, list(open), next, list(s.gateway.Ended(ctx, someEnded))})
+		answerJSON(w, http.StatusOK, ConnsAnswer{s.gateway.Status().Connections.Open, list(open), next, list(s.gateway.Ended(ctx, q, someEnded))})
 	}
 	return e
 }

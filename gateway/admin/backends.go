@@ -3,6 +3,7 @@
 package admin
 
 import (
+	"errors"
 	"net/http"
 	"slices"
 	"strconv"
@@ -46,8 +47,12 @@ func (s *Server) backends(limit int) BackendsAnswer {
 func (s *Server) orderBackend(w http.ResponseWriter, r *http.Request, order gateway.BackendOrder) {
 	names, err := s.gateway.OrderBackend(r.URL.Query().Get("backend"), order)
 	if err != nil {
+		status := http.StatusNotFound
+		if errors.Is(err, gateway.ErrOrders) {
+			status = http.StatusConflict
+		}
 		at := strings.LastIndex(err.Error(), ": ") // what was asked for may have one, too
-		fail(w, http.StatusNotFound, err.Error()[:at], err.Error()[at+2:])
+		fail(w, status, err.Error()[:at], err.Error()[at+2:])
 		return
 	}
 	answerJSON(w, http.StatusOK, BackendOrderAnswer{names})

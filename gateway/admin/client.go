@@ -95,7 +95,7 @@ func (c *Client) Backends(ctx context.Context, limit int) (a BackendsAnswer, err
 }
 
 // OrderBackend says what becomes of a backend: see gateway.OrderBackend. That there is none of this name is an *Error with
-// status 404.
+// status 404; no further order can be remembered is one with 409.
 func (c *Client) OrderBackend(ctx context.Context, backend string, order gateway.BackendOrder) (a BackendOrderAnswer, err error) {
 	return a, c.ask(ctx, http.MethodPost, "backends/"+string(order), url.Values{"backend": {backend}}, &a)
 }
