@@ -3,6 +3,7 @@
 package bench
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 var (
@@ -50,7 +53,11 @@ func prepare(m *testing.M) int {
 		return complain(err)
 	}
 	for _, p := range peers {
-		p.find()
+		if benchmarks() || testkit.On(testkit.Peers) {
+			p.find()
+		} else if p != direct {
+			p.missing = errors.New("runs with TLSNAT_TEST=peers, or TLSNAT_TEST=all") // building the gateway alone takes a minute
+		}
 	}
 	go launcher()
 	if err := settleHere(here.loadCore); err != nil {
@@ -62,11 +69,14 @@ func prepare(m *testing.M) int {
 	}
 	defer back.recall()
 	backendAt = at
-	if flag.Lookup("test.bench").Value.String() != "" {
+	if benchmarks() {
 		introduce()
 	}
 	return m.Run()
 }
+
+// benchmarks says whether any were asked for.
+func benchmarks() bool { return flag.Lookup("test.bench").Value.String() != "" }
 
 func complain(err error) int {
 	fmt.Fprintln(os.Stderr, "bench:", err)

@@ -38,6 +38,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // patience is how long a test waits for what has to happen. It's never reached on a machine that is merely slow.
@@ -62,6 +63,10 @@ func runAll(m *testing.M) (code int) {
 	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
 	if !given {
 		_ = flag.Set("test.parallel", "8") // more than there are processors: they wait
+	}
+	if err := testkit.Claim(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
 	}
 	if l, err := net.Listen("tcp", "127.0.0.1:0"); err == nil { // package net keeps its epoll for good
 		_ = l.Close()
@@ -461,36 +466,10 @@ func fillPorts(t testing.TB, text string) (string, []int) {
 	return text, list
 }
 
-// lastPort is where the search for free ports goes on: so that none is handed out twice, and other processes' tests
-// look elsewhere.
-var (
-	portsMu  sync.Mutex
-	lastPort = 10000 + mathrand.IntN(20000)
-)
-
-// freePorts are n ports in a row on which nobody listens. They lie below the range from which the kernel takes ports
-// for outgoing connections, so that none of those gets in the way before the gateway listens.
+// freePorts are n ports in a row on which nobody listens, and which no other test run takes.
 func freePorts(t testing.TB, n int) []int {
 	t.Helper()
-	portsMu.Lock()
-	defer portsMu.Unlock()
-	var ports []int
-	for range 20000 {
-		if lastPort++; lastPort > 32000 {
-			lastPort, ports = 10000, nil
-		}
-		l, err := net.Listen("tcp", fmt.Sprintf(":%d", lastPort))
-		if err != nil {
-			ports = nil
-			continue
-		}
-		_ = l.Close()
-		if ports = append(ports, lastPort); len(ports) == n {
-			return ports
-		}
-	}
-	t.Fatalf("no %d free ports in a row", n)
-	return nil
+	return testkit.Ports(t, n)
 }
 
 // serve runs handle for each connection to a free port until the test ends, and returns the address. handle need not
@@ -577,25 +556,15 @@ func trade(c net.Conn, data []byte) error {
 	return nil
 }
 
-// program is the path of a program from a Debian package. Without it the test is skipped, except where everything
-// has to be there.
+// program is the path of a program from a Debian package. Tests that need one are of the tier "peers".
 func program(t testing.TB, name, pack string) string {
 	t.Helper()
-	for _, dir := range append(filepath.SplitList(os.Getenv("PATH")), "/usr/sbin", "/usr/local/sbin") {
-		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
-			return path
-		}
-	}
-	missing(t, fmt.Sprintf("%s is not installed (Debian package %s)", name, pack))
-	return ""
+	return testkit.Program(t, name, pack)
 }
 
 func missing(t testing.TB, what string) {
 	t.Helper()
-	if os.Getenv("TLSNAT_CI") != "" {
-		t.Fatal(what)
-	}
-	t.Skip(what)
+	testkit.Missing(t, "%s", what)
 }
 
 // command is a program that ends with the test: killed if need be, also when the test's process dies first. Start it

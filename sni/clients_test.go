@@ -22,6 +22,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 var update = flag.Bool("update", false, "let every client speak again, and write testdata/hellos and testdata/fuzz")
@@ -169,12 +171,7 @@ func (c client) speak(t *testing.T) [][]byte {
 
 // execute runs the program. What it thinks of the server does not matter.
 func (c client) execute(t *testing.T, addr *net.TCPAddr) error {
-	if _, err := exec.LookPath(c.run[0]); err != nil {
-		if os.Getenv("TLSNAT_CI") != "" {
-			t.Fatalf("%v; install it, every client must speak in CI", err)
-		}
-		t.Skipf("%v", err)
-	}
+	testkit.Program(t, c.run[0], c.run[0])
 	dir, err := os.MkdirTemp("", "sni-client")
 	if err != nil {
 		t.Fatal(err)

@@ -15,15 +15,15 @@ import (
 	"flag"
 	"fmt"
 	"math/big"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files and the README's tables")
@@ -46,7 +46,7 @@ func TestMain(m *testing.M) {
 	}
 	tlsnat = filepath.Join(dir, "tlsnat")
 	code := 1
-	if text, err := exec.Command("go", "build", "-o", tlsnat, ".").CombinedOutput(); err != nil {
+	if text, err := exec.Command("go", "build", "-pgo=off", "-o", tlsnat, ".").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, text)
 	} else if err := os.Chmod(dir, 0o755); err != nil { // so that nobody may run it
 		fmt.Fprintln(os.Stderr, err)
@@ -60,20 +60,13 @@ func TestMain(m *testing.M) {
 // absent skips a test for want of something; where everything must be there, it fails.
 func absent(t *testing.T, format string, args ...any) {
 	t.Helper()
-	if os.Getenv("TLSNAT_CI") != "" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
+	testkit.Missing(t, format, args...)
 }
 
-// needs is the path of a program.
+// needs is the path of another project's program.
 func needs(t *testing.T, name string) string {
 	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		absent(t, "%s is not installed", name)
-	}
-	return path
+	return testkit.Program(t, name, name)
 }
 
 // command is the program with this environment and no other. It dies with the test.
@@ -112,22 +105,11 @@ func ask(t testing.TB, environ []string, args ...string) result {
 
 func (r result) String() string { return fmt.Sprintf("exit %d\n%s%s", r.code, r.out, r.err) }
 
-// freePort is a port that nobody listens on. It lies above those that the kernel gives to outgoing connections, where
-// the tests of other packages take none either, so that it stays free until somebody listens there.
+// freePort is a port that nobody listens on, and that no other test run takes.
 func freePort(t testing.TB) int {
 	t.Helper()
-	for lastPort < 65535 {
-		lastPort++
-		if l, err := net.Listen("tcp", ":"+strconv.Itoa(lastPort)); err == nil {
-			l.Close()
-			return lastPort
-		}
-	}
-	t.Fatal("no port is free")
-	return 0
+	return testkit.Port(t)
 }
-
-var lastPort = 61000 + os.Getpid()%3000 // no port is given twice: tests of this package run one after the other
 
 // identity is a certificate with its key, in PEM.
 type identity struct{ cert, key []byte }

@@ -27,6 +27,7 @@ import (
 
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // patience is how long a test waits for what has to happen. It's never reached on a machine that is merely slow.
@@ -150,12 +151,7 @@ func over() context.Context {
 
 func freePort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
+	return fmt.Sprintf("127.0.0.1:%d", testkit.Port(t))
 }
 
 func echoServer(t *testing.T) string {
@@ -873,14 +869,7 @@ func TestPageShowsTheGatewayInABrowser(t *testing.T) {
 
 func program(t *testing.T, name string) string {
 	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		if os.Getenv("TLSNAT_CI") != "" {
-			t.Fatalf("%s is not installed", name)
-		}
-		t.Skipf("%s is not installed", name)
-	}
-	return path
+	return testkit.Program(t, name, name)
 }
 
 // The JSON of the API is read by programs that are not built with this module: its names are a promise.

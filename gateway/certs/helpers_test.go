@@ -20,6 +20,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // noon is when all tests take place.
@@ -178,23 +180,10 @@ func loadClean(t testing.TB, dir string) *Store {
 	return s
 }
 
-// program is the path of a program of the system; the test is skipped without it, but not in CI.
+// program is the path of another project's program.
 func program(t testing.TB, name string) string {
-	path, err := exec.LookPath(name)
-	if err == nil {
-		return path
-	}
-	absent(t, name+" is not installed")
-	return ""
-}
-
-// absent skips a test for want of something; where everything must be there, it fails.
-func absent(t testing.TB, what string) {
 	t.Helper()
-	if os.Getenv("TLSNAT_CI") != "" {
-		t.Fatal(what)
-	}
-	t.Skip(what)
+	return testkit.Program(t, name, name)
 }
 
 func run(t testing.TB, name string, args ...string) string {

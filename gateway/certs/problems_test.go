@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // world is what the cases build their directories of.
@@ -92,7 +94,7 @@ var complaints = []struct {
 	{"a key that root lends to a group", func(w *world) {
 		w.pair(w.a)
 		if err := os.Chown(filepath.Join(w.dir, "a.key"), 0, 65534); err != nil {
-			absent(w.T, "only root can give a file away")
+			testkit.Missing(w.T, "only root can give a file away")
 		}
 		os.Chmod(filepath.Join(w.dir, "a.key"), 0o640)
 	}, nil, []string{"a.example = ECDSA P-256"}},
@@ -297,7 +299,7 @@ func TestDirectoryMayNotBeAFile(t *testing.T) {
 // A file system user that is not root: only this thread's, which ends with the test.
 func TestUnreadableFileSaysWhoMayNotReadIt(t *testing.T) {
 	if os.Geteuid() != 0 {
-		absent(t, "only root can become another user for file access")
+		testkit.Missing(t, "only root can become another user for file access")
 	}
 	dir := t.TempDir()
 	put(t, dir, "sub/a.key", "secret")

@@ -8,11 +8,12 @@ import (
 	"crypto/tls"
 	"io"
 	"net"
-	"os"
 	"os/exec"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // opensslNames are the suites as s_client wants them.
@@ -24,12 +25,7 @@ var opensslNames = map[uint16]string{
 
 // A peer that is not crypto/tls, and that asks for a KeyUpdate, which crypto/tls never does.
 func TestOpenSSLClientIsServed(t *testing.T) {
-	if _, err := exec.LookPath("openssl"); err != nil {
-		if os.Getenv("TLSNAT_CI") != "" {
-			t.Fatal(err)
-		}
-		t.Skip("openssl is not installed: apt-get install openssl")
-	}
+	testkit.Program(t, "openssl", "openssl")
 	for _, suite := range fastSuites {
 		t.Run(tls.CipherSuiteName(suite), func(t *testing.T) { serveOpenSSL(t, suite) })
 	}

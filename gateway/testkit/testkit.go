@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package testkit is for tests only: it says which of them run on this machine, and hands out ports that no other test
+// run takes.
+//
+// `go test ./...` runs what any machine can run in two minutes. What needs more names its tier:
+//
+//	testkit.Needs(t, testkit.Peers)
+//
+// and runs when TLSNAT_TEST has it, as in TLSNAT_TEST=peers,root, or TLSNAT_TEST=all. With TLSNAT_CI=1 every tier runs,
+// and a test that lacks something fails instead of being skipped.
+package testkit
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// Tier is what a test needs beyond a machine with Go.
+type Tier string
+
+// The tiers. The list is closed: a word in TLSNAT_TEST that is not in it fails every test that asks.
+const (
+	Peers  Tier = "peers"  // programs of other projects: curl, openssl, nginx, …
+	Root   Tier = "root"   // rights: network namespaces, other users
+	Slow   Tier = "slow"   // more than a few seconds
+	Timing Tier = "timing" // a quiet machine: times, memory or CPU are measured
+)
+
+var tiers = []Tier{Peers, Root, Slow, Timing}
+
+// Needs skips the test unless the tier is switched on.
+func Needs(t testing.TB, tier Tier) {
+	t.Helper()
+	on, err := switchedOn(os.Getenv("TLSNAT_TEST"), tier)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !on && !mustRun() {
+		t.Skipf("runs with TLSNAT_TEST=%s, or TLSNAT_TEST=all", tier)
+	}
+}
+
+// On says whether the tier is switched on, for preparations that only its tests need.
+func On(tier Tier) bool {
+	on, _ := switchedOn(os.Getenv("TLSNAT_TEST"), tier)
+	return on || mustRun()
+}
+
+// switchedOn says whether a list like "peers,root" has the tier.
+func switchedOn(list string, tier Tier) (bool, error) {
+	on := false
+	for word := range strings.SplitSeq(list, ",") {
+		switch word = strings.TrimSpace(word); {
+		case word == "":
+		case word == "all", word == string(tier):
+			on = true
+		case !slices.Contains(tiers, Tier(word)):
+			return false, fmt.Errorf("TLSNAT_TEST: there is no tier %q; write all, or some of %v", word, tiers)
+		}
+	}
+	return on, nil
+}
+
+func mustRun() bool { return os.Getenv("TLSNAT_CI") != "" }
+
+// Missing skips a test that lacks something. Where everything has to be there (TLSNAT_CI), the test fails.
+func Missing(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if mustRun() {
+		t.Fatalf(format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+// Program is the path of another project's program, which is in the Debian package pack.
+func Program(t testing.TB, name, pack string) string {
+	t.Helper()
+	Needs(t, Peers)
+	for _, dir := range append(filepath.SplitList(os.Getenv("PATH")), "/usr/sbin", "/usr/local/sbin") {
+		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return path
+		}
+	}
+	Missing(t, "%s is not installed (Debian package %s)", name, pack)
+	return ""
+}
+
+// Ports that tests listen on are chosen before the program under test opens them. Two test runs at once must not choose
+// the same ones, so each process claims a block of them: it holds the UDP port of the block's first number, which nobody
+// else needs. The blocks lie below the ports that the kernel gives to outgoing connections (32768 and more).
+const (
+	firstBlock = 10000
+	blockSize  = 1000
+	blocks     = 22
+)
+
+var (
+	portsMu sync.Mutex
+	claim   net.PacketConn // held until the process ends
+	block   int            // its first port
+	last    int            // the port that was handed out last
+)
+
+// Claim takes a block of ports for this process. It is called by Ports; a program that counts its open descriptors
+// calls it first.
+func Claim() error {
+	portsMu.Lock()
+	defer portsMu.Unlock()
+	return claimLocked()
+}
+
+func claimLocked() error {
+	if claim != nil {
+		return nil
+	}
+	for i := range blocks {
+		first := firstBlock + (os.Getpid()+i)%blocks*blockSize
+		if c, err := net.ListenPacket("udp4", fmt.Sprintf("127.0.0.1:%d", first)); err == nil {
+			claim, block, last = c, first, first
+			return nil
+		}
+	}
+	return fmt.Errorf("all %d blocks of test ports are taken: are so many tests running?", blocks)
+}
+
+// Ports are n ports in a row, n < 1,000, on which nobody listens. None is handed out a second time before the others of
+// the block were.
+func Ports(t testing.TB, n int) []int {
+	t.Helper()
+	portsMu.Lock()
+	defer portsMu.Unlock()
+	if err := claimLocked(); err != nil {
+		t.Fatal(err)
+	}
+	var ports []int
+	for range 2 * blockSize {
+		if last++; last >= block+blockSize {
+			last, ports = block+1, nil
+		}
+		if !free(last) {
+			ports = nil
+			continue
+		}
+		if ports = append(ports, last); len(ports) == n {
+			return ports
+		}
+	}
+	t.Fatalf("no %d free ports in a row", n)
+	return nil
+}
+
+// Port is one of Ports.
+func Port(t testing.TB) int {
+	t.Helper()
+	return Ports(t, 1)[0]
+}
+
+func free(port int) bool {
+	l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+	if err != nil {
+		return false
+	}
+	_ = l.Close()
+	return true
+}
