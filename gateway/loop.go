@@ -33,6 +33,7 @@ type loop struct {
 	scratch    []byte       // what a turn reads into and seals in; nothing in it outlives the turn
 	iov        []unix.Iovec // the same for vectors
 	most       int          // what a turn may read: noEnd, but for a stream with a bandwidth
+	work       int          // what the call that moves bytes has cost beside them, counted in bytes (recordCost, callCost)
 	hello      sni.Hello    // of the connection that is being matched
 	lent       lender
 	pipes      pipes

@@ -346,3 +346,41 @@ func TestTurnsAreExactAndMixed(t *testing.T) {
 		}
 	}
 }
+
+// TestSmallRecordsTakeTurns: a client whose records are small, and for which more is read at a time since they were large
+// before, has no longer turns than others. What its turn leaves over is opened in the next.
+func TestSmallRecordsTakeTurns(t *testing.T) {
+	r := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp").rehearse(t, 1)
+	_ = unix.SetsockoptInt(r.client.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 8<<20)
+	_ = unix.SetsockoptInt(int(r.c.backend.fd), unix.SOL_SOCKET, unix.SO_SNDBUF, 8<<20)
+	const records = 8000
+	for range records {
+		r.client.say(1)
+	}
+	r.c.up.batch = maxBatch - 1 // it has streamed
+	r.client.flush()
+	if len(r.client.sealed) > 0 {
+		t.Fatalf("%d bytes did not fit into the socket", len(r.client.sealed))
+	}
+	turns := 0
+	r.c.client.readable = true
+	for before := int64(-1); r.c.up.moved != before; turns++ {
+		before = r.c.up.moved
+		r.tick()
+		r.c.advance()
+		if n := r.c.up.moved - before; before >= 0 && n > turnRecords {
+			t.Fatalf("a turn has opened %d records", n)
+		}
+		if r.c.up.moved < records && len(r.later) != 1 {
+			t.Fatalf("after %d records nobody will go on with the rest", r.c.up.moved)
+		}
+	}
+	if r.c.up.moved != records || turns < records/turnRecords {
+		t.Errorf("%d of %d records were opened in %d turns", r.c.up.moved, records, turns)
+	}
+	if n := cap(r.c.up.carry); n != 0 {
+		t.Errorf("%d bytes are still lent", n)
+	}
+	r.backend.hear(t, records, r.client)
+	r.end(t)
+}

@@ -12,6 +12,13 @@ const (
 	// What one connection may move before the others have their turn. Large enough that a stream is carried in large
 	// pieces, small enough that a message beside it waits for a fraction of a millisecond.
 	turnBytes = 256 << 10
+	// What costs time without bringing bytes counts as bytes, so that a turn is as long whatever a peer sends: a record, by
+	// what it takes to open it beside its bytes (0.2 µs, and a byte 1 ns),
+	recordCost = 256
+	// and a system call (1 µs).
+	callCost = 1 << 10
+	// So a call's bytes are opened up to this many records. The rest waits for the next turn.
+	turnRecords = turnBytes / recordCost
 	// A flow whose last reads brought this many records streams. Streams are served after everybody else.
 	streaming = 4
 )
@@ -99,6 +106,7 @@ func (c *conn) pump(f *flow, from, to *socket) {
 			return
 		}
 		n := 0
+		c.loop.work = 0
 		if c.route.pace == 0 {
 			n = c.move(f, from, to)
 		} else if n = c.moveAtPace(f, from, to); n < 0 {
@@ -110,7 +118,7 @@ func (c *conn) pump(f *flow, from, to *socket) {
 				to.tls.writer.Carried(n/maxPlain + 1)
 			}
 		}
-		turn -= max(n, 1)
+		turn -= max(n, callCost, c.loop.work)
 	}
 }
 
@@ -201,7 +209,7 @@ func (s *socket) wrote(n, want int, e unix.Errno) int {
 func (f *flow) got(s *socket, n, want int, e unix.Errno) int {
 	switch {
 	case e == unix.EAGAIN:
-		s.readable = false
+		f.drained(s)
 		return 0
 	case e != 0:
 		s.failed = e
@@ -217,6 +225,15 @@ func (f *flow) got(s *socket, n, want int, e unix.Errno) int {
 		s.readable = false
 	}
 	return n
+}
+
+// drained is a source that has nothing to read. Of one that has failed nothing will come any more: its failure may have
+// been that of a write, and of the reading side EAGAIN is then all that is ever said.
+func (f *flow) drained(s *socket) {
+	s.readable = false
+	if s.failed != 0 {
+		f.ended, f.reset = true, true
+	}
 }
 
 // hold keeps b, which the destination would not take, in memory lent by the loop. b may lie in the loop's scratch.

@@ -66,7 +66,8 @@ func (c *conn) spliceOver(f *flow, from, to *socket) int {
 func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e unix.Errno) int {
 	total := 0
 	for e == 0 && n > 0 {
-		if total += n; total >= want {
+		c.loop.work += callCost
+		if total += n; total >= want || c.loop.work >= turnBytes {
 			break
 		}
 		n, e = sysSplice(from.fd, p.w, want-total)

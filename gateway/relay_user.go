@@ -30,9 +30,11 @@ const (
 	freshAfter  = int64(time.Second)
 
 	// Data of a record that is shorter than this is moved up to the data of the one before it, instead of being a
-	// vector of its own: many small records would make more vectors than a call takes.
-	worthVector = 1024
+	// vector of its own. Every vector but the first has as many bytes of the scratch memory, and so there are no more than
 	maxVectors  = scratchSize/worthVector + 1
+	worthVector = 1024
+	// which is less than a call takes (IOV_MAX).
+	_ = uint(1024 - maxVectors)
 
 	// A connection that was quiet for as long gives up its key schedules, which are most of its memory; to set them
 	// up again takes less than a microsecond.
@@ -120,7 +122,7 @@ func (c *conn) open(f *flow, from, to *socket) int {
 	b, filled := c.readRecords(f, from, c.loop.scratch)
 	used := c.openAll(f, from, to, b)
 	c.keepRest(f, from, to, b[used:])
-	f.adapt(filled)
+	f.adapt(filled && c.loop.work < turnRecords*recordCost)
 	return used
 }
 
@@ -132,8 +134,10 @@ func (c *conn) readRecords(f *flow, from *socket, room []byte) (b []byte, filled
 	}
 	f.at = c.loop.now
 	have := copy(room, f.carry)
-	n := 0
-	want := c.wanted(f, from, len(room)-have)
+	n, want := 0, 0
+	if !c.wholeRecordWaits(f, from) { // so an end is heard of only when every record before it was opened
+		want = c.wanted(f, from, len(room)-have)
+	}
 	if from.readable && want > 0 {
 		m, e := sysRead(from.fd, room[have:have+want])
 		n = f.got(from, m, want, e)
@@ -168,10 +172,13 @@ func (c *conn) wanted(f *flow, from *socket, room int) int {
 }
 
 // openAll opens the records of b and sends their data on, with one call. It returns how many bytes of b are done with.
+//
+// Data is shorter than its record. So whatever was opened and moved up ends before the record that is opened next, and
+// moving its data up as well touches nothing that is not opened yet.
 func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
 	var (
 		iov   = c.loop.iov[:0]
-		last  []byte // the last vector
+		end   int // of the last vector, in b
 		total int
 		used  int
 	)
@@ -182,14 +189,14 @@ func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
 			break
 		}
 		total += len(data)
-		if len(last) > 0 && len(data) < worthVector && cap(last)-len(last) >= len(data) {
-			last = append(last, data...)
-			iov[len(iov)-1].SetLen(len(last))
-		} else {
-			last = data
-			iov = append(iov, unix.Iovec{Base: &last[0]})
-			iov[len(iov)-1].SetLen(len(last))
+		if len(iov) > 0 && (len(data) < worthVector || len(iov) == cap(iov)) {
+			end += copy(b[end:], data)
+			last := &iov[len(iov)-1]
+			last.SetLen(int(last.Len) + len(data))
+			continue
 		}
+		end = offsetIn(b, data) + len(data)
+		iov = append(iov, unix.Iovec{Base: &data[0], Len: uint64(len(data))})
 	}
 	c.carried(f, total)
 	c.sendVectors(f, to, iov, total)
@@ -199,11 +206,17 @@ func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
 	return used
 }
 
+// offsetIn is where data begins in b, which it is a part of.
+func offsetIn(b, data []byte) int {
+	return int(uintptr(unsafe.Pointer(&data[0])) - uintptr(unsafe.Pointer(&b[0])))
+}
+
 // nextData opens records of b until one has data, and heeds those before it. It returns how many bytes of b are done
 // with, and no data when no whole record is left in it, or nothing after it counts.
 func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int) {
 	s := from.tls
-	for {
+	for c.loop.work < turnRecords*recordCost {
+		c.loop.work += recordCost
 		var ticket []byte
 		if s.tickets != nil {
 			ticket = s.copyTicket(b[used:])
@@ -228,6 +241,7 @@ func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int)
 			return rec.Data, used
 		}
 	}
+	return nil, used
 }
 
 // sendVectors writes the data of several records, and keeps what the destination would not take.
@@ -264,9 +278,11 @@ func (c *conn) sendVectors(f *flow, to *socket, iov []unix.Iovec, total int) {
 
 func vector(v *unix.Iovec) []byte { return unsafe.Slice(v.Base, int(v.Len)) }
 
-// keepCarry keeps half a record for the next read.
+// keepCarry keeps half a record for the next read, or the records that there was no turn left for. Memory that is much
+// too large for them is given back.
 func (f *flow) keepCarry(l *loop, rest []byte) {
-	if len(rest) > cap(f.carry) || len(rest) == 0 {
+	const small = 4 << 10 // not worth the change
+	if n := len(rest); n == 0 || n > cap(f.carry) || cap(f.carry) > small && n < cap(f.carry)/4 {
 		l.giveBack(f.carry)
 		f.carry = nil
 		if len(rest) == 0 {
@@ -389,7 +405,7 @@ func (c *conn) reencrypt(f *flow, from, to *socket) int {
 	b, filled := c.readRecords(f, from, l.scratch[start:])
 	used := c.resealAll(f, from, to, b, l.scratch[:start+len(b)])
 	c.keepRest(f, from, to, b[used:])
-	f.adapt(filled)
+	f.adapt(filled && c.loop.work < turnRecords*recordCost)
 	return used
 }
 
