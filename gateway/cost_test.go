@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // edge is the program in a process of its own, as an operator runs it. Its bed has ports and log, and no gateway.
@@ -236,6 +237,7 @@ func closeAll[T io.Closer](all []T) {
 // TestIdleConnectionsCostLittle: 4,000 terminated connections that have exchanged data and are quiet cost at most
 // 2.5 KiB each, and two descriptors.
 func TestIdleConnectionsCostLittle(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	const n, limit = 4000, 2560
 	e := runEdge(t, ":{0} edge.test -> "+echoServer(t), "LOOPS=2")
 	open := func() (*tls.Conn, error) {
@@ -278,6 +280,7 @@ func TestIdleConnectionsCostLittle(t *testing.T) {
 // TestHalfHellosCostLittle: 10,000 clients that say half of their hello cost at most 3 KiB each, and all of them are
 // gone at the hello timeout.
 func TestHalfHellosCostLittle(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	const n, limit, timeout = 10_000, 3 << 10, 6 * time.Second
 	needDescriptors(t, n+500)
 	e := runEdge(t, ":{0} edge.test -> "+echoServer(t), "LOOPS=2", "MAX_CONNS=12000", "HELLO_TIMEOUT="+timeout.String())

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // knock connects from an address and says what the edge does: nil if it waits for what the client has to say, which
@@ -389,6 +390,7 @@ func TestListComplaintsHaveTheirPlace(t *testing.T) {
 // TestBandwidthIsWhatItSays: within 5 % over three seconds, both ways at once, for records and for spliced streams; and
 // nobody spins meanwhile.
 func TestBandwidthIsWhatItSays(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	const rate, seconds = 4_000_000, 3
 	var up [2]atomic.Int64
 	backend := func(i int) string {
@@ -490,6 +492,7 @@ func TestSlowBandwidthDeliversAll(t *testing.T) {
 // TestFloodFromOneAddressLeavesOthersAlone: 50,000 connects of one address, and others still shake hands and have their
 // echo in at most twice the time (the 99th percentile) that it takes when it is quiet.
 func TestFloodFromOneAddressLeavesOthersAlone(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	flood := 50_000
 	if underRace {
 		flood = 2000

@@ -8,12 +8,15 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // TestFloodsOfRecordsHarmNobody: a client that sends ten thousand KeyUpdates or empty records is cut off when its budget
 // is spent, one that sends records of a byte without end is carried; and who exchanges messages beside it hardly
 // notices either.
 func TestFloodsOfRecordsHarmNobody(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	const many = 10_000
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "LOOPS=1", "LOG_LEVEL=info")
 	other := b.dialTLS(t, 0, nil)

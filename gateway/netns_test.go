@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // network is three machines: a client and a backend that know each other only through the one between them.
@@ -28,6 +30,7 @@ type network struct{ client, edge, backend string }
 // newNetwork makes the machines of network namespaces, which end with the test.
 func newNetwork(t testing.TB) *network {
 	t.Helper()
+	testkit.Needs(t, testkit.Root)
 	if os.Geteuid() != 0 {
 		missing(t, "network namespaces need root")
 	}

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // live is a bed whose map is a file that tests change.
@@ -393,6 +394,7 @@ func TestWatchSeesWhatKubernetesDoes(t *testing.T) {
 // TestLargeReloadBesideTraffic: 10,000 rules and 2,000 certificates are read in under two seconds of CPU time, and an echo
 // on an open connection does not wait for it.
 func TestLargeReloadBesideTraffic(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	if raceEnabled {
 		t.Skip("times are measured without the race detector")
 	}

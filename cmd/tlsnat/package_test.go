@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // What the gateway comes in: its packages, an image, a service.
@@ -105,6 +106,7 @@ func dockerfile(t *testing.T, instruction string) (all []string) {
 // TestImageRunsInAnEmptyFileSystem does by hand what the Dockerfile says: it builds with its commands, and runs what
 // came out as its user, in a directory that has nothing else.
 func TestImageRunsInAnEmptyFileSystem(t *testing.T) {
+	testkit.Needs(t, testkit.Root)
 	if os.Geteuid() != 0 {
 		absent(t, "chroot needs root")
 	}

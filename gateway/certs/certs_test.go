@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 func TestExactBeatsWildcardAndWildcardIsOneLabel(t *testing.T) {
@@ -262,6 +264,7 @@ func many(t testing.TB, dir string, n int) (names []string) {
 
 // The limit is for the CPU time, so that it holds on one core and does not depend on what else the machine does.
 func TestTwoThousandCertificatesLoadWithinASecondAndAHalf(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	if raceEnabled || testing.Short() {
 		t.Skip("the race detector makes it ten times slower")
 	}
