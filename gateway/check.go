@@ -168,8 +168,12 @@ func (k *keeper) runCheck(e *errand, c *check) time.Duration {
 	err := asked.ask(e.ctx, min(asked.every, maxCheckTime))
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if e.stopped() {
+	switch {
+	case e.stopped():
 		return never
+	case ownLack(err): // it was not made: what is known stays
+		k.gw.short(lackInCheck, err, c.server.name)
+		return jittered(min(c.every, lackPause))
 	}
 	c.err, c.took, c.at = err, time.Since(began), began
 	if c.answered(err) {
@@ -215,23 +219,35 @@ func (c *check) ask(ctx context.Context, patience time.Duration) error {
 	}
 	probe := probers[c.how.Kind]
 	if probe == nil {
-		return c.server.touch(ctx, c.out, patience, words)
+		return c.touch(ctx, patience, words)
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := patiently(ctx, patience)
 	defer cancel()
 	conn, err := dialServer(ctx, c.server, c.out)
 	if err != nil {
-		return err
+		return plainNetError(endOf(ctx, err))
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(longAgo) }) // its time is over, or the gateway's
 	defer stop()
 	if len(words) > 0 {
 		if _, err := conn.Write(words); err != nil {
-			return plainNetError(err)
+			return plainNetError(endOf(ctx, err))
 		}
 	}
-	return plainNetError(probe(ctx, conn, c))
+	return plainNetError(endOf(ctx, probe(ctx, conn, c)))
+}
+
+// touch is a check that only connects.
+func (c *check) touch(ctx context.Context, patience time.Duration, words []byte) error {
+	err := c.server.touch(ctx, c.out, patience, words)
+	if !errors.Is(err, unix.EAGAIN) {
+		return err
+	}
+	ctx, cancel := patiently(ctx, patience)
+	defer cancel()
+	_, err = whileBusy(ctx, func() (any, error) { return nil, c.server.touch(ctx, c.out, patience, words) })
+	return err
 }
 
 // localHeader is the PROXY header of a connection that is no client's (PROXY protocol, sections 2.1 and 2.2: UNKNOWN, and
@@ -313,14 +329,11 @@ func probeHTTP(ctx context.Context, conn net.Conn, c *check) error {
 // dialServer connects to a server beside the loops, from where the rule says.
 func dialServer(ctx context.Context, s *server, out *outbound) (net.Conn, error) {
 	d := net.Dialer{KeepAlive: -1}
-	network, address := "tcp", s.addr.String()
 	if s.unix != "" {
-		network, address = "unix", s.unix
-	} else {
-		out.prepare(&d)
+		return whileBusy(ctx, func() (net.Conn, error) { return d.DialContext(ctx, "unix", s.unix) })
 	}
-	c, err := d.DialContext(ctx, network, address)
-	return c, plainNetError(err)
+	out.prepare(&d)
+	return d.DialContext(ctx, "tcp", s.addr.String())
 }
 
 // touch finds out whether a server can be connected to, from where the rule says; it hears the words, if there are any,
@@ -363,9 +376,11 @@ func (s *server) touch(ctx context.Context, out *outbound, patience time.Duratio
 
 // await waits for a connect to succeed or to fail.
 func await(ctx context.Context, f *os.File, sa unix.Sockaddr, patience time.Duration) error {
-	if err := f.SetDeadline(time.Now().Add(patience)); err != nil {
-		return err
+	if f.SetDeadline(time.Time{}) != nil { // the kernel has no room to watch it
+		return unix.ENOSPC
 	}
+	ctx, cancel := patiently(ctx, patience)
+	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = f.SetDeadline(longAgo) })
 	defer stop()
 	raw, err := f.SyscallConn()
@@ -377,7 +392,7 @@ func await(ctx context.Context, f *os.File, sa unix.Sockaddr, patience time.Dura
 		answer = unix.Connect(int(fd), sa)
 		return !errors.Is(answer, unix.EALREADY)
 	})
-	return cmp.Or(err, answer)
+	return endOf(ctx, cmp.Or(err, answer))
 }
 
 // sockaddr is where the server listens, and the family of that.

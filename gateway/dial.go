@@ -38,6 +38,8 @@ type dialling struct {
 	again       bool // it may be worth while to try them again: a connect failed, and that may pass
 	vain        int  // connects of this round that failed
 	full        int  // servers that have all the connections that they may have
+	busy        int  // servers of this round whose queue of connections is full
+	waits       int  // how often all were tried again for that
 	out         int  // servers that were passed over, being down or the like
 	started     int64
 	until       int64 // when CONNECT_TIMEOUT is over
@@ -87,7 +89,7 @@ func (c *conn) search() stage {
 	c.stage = connecting
 	d.choices = c.route.choices.Load()
 	d.first, d.firstBackup = c.route.pick(c, d.choices), -1
-	d.tried, d.vain, d.full, d.out, d.spot = 0, 0, 0, 0, nil
+	d.tried, d.vain, d.full, d.busy, d.out, d.spot = 0, 0, 0, 0, 0, nil
 	return c.tryBackends()
 }
 
@@ -119,6 +121,30 @@ func (c *conn) hangUp() {
 	c.backend = socket{fd: -1, owner: c}
 }
 
+// notOpened notes why a connect could not be begun. Only what is the server's fault counts against it.
+func (c *conn) notOpened(err error) {
+	d := c.dial
+	switch {
+	case err == unix.EAGAIN && d.server != nil && d.server.unix != "":
+		d.busy++
+		d.failed(errBusy.Error())
+	case ownLack(err):
+		c.lacked(d.server, err)
+	case ownFault(err):
+		d.failed(err.Error())
+	default:
+		c.faulted(d.server, err.Error())
+	}
+}
+
+// lacked notes that a server could not be connected to for want of something of our own, which may be there again soon.
+func (c *conn) lacked(s *server, err error) {
+	name := nameOf(s, c.dial.backend)
+	c.dial.again = true
+	c.dial.failedAt(name, inWords(err))
+	c.loop.gw.short(lackInConnect, err, name)
+}
+
 // faulted notes that a server could not be connected to; nil is the demo.
 func (c *conn) faulted(s *server, why string) {
 	c.dial.again = true
@@ -140,7 +166,7 @@ func (d *dialling) failed(why string) { d.failedAt(d.name(), why) }
 func (d *dialling) failedAt(name, why string) {
 	const enough = 8 // errors in one log line
 	d.vain++
-	if len(d.errs) < enough && d.round == 0 {
+	if len(d.errs) < enough && d.round == 0 && d.waits == 0 {
 		d.errs = append(d.errs, name+": "+why)
 	}
 }
@@ -161,7 +187,6 @@ func (c *conn) tryBackends() stage {
 		if !d.advance(c) {
 			break
 		}
-		why := ""
 		switch err := c.openSocket(d); {
 		case err == nil:
 			return c.connected()
@@ -169,15 +194,9 @@ func (c *conn) tryBackends() stage {
 			d.setAttempt(c)
 			return connecting
 		default:
-			why = err.Error()
-			if e, ok := err.(unix.Errno); !ok || ownFault(e) { // of ours, not the backend's
-				d.failed(why)
-				c.hangUp()
-				continue
-			}
+			c.notOpened(err)
+			c.hangUp()
 		}
-		c.faulted(d.server, why)
-		c.hangUp()
 	}
 	return c.searched()
 }
@@ -205,6 +224,10 @@ func (c *conn) searched() stage {
 		return c.waitForRoom()
 	case len(d.errs) == 0:
 		return c.unconnected(NoBackend, d.nobody(c))
+	case d.busy > 0 && c.loop.now+int64(maxBusyPause) < d.until:
+		c.setDeadline(int64(jittered(min(minBusyPause<<d.waits, maxBusyPause))))
+		d.waits = min(d.waits+1, 8) // of which 4 make the longest pause
+		return connecting
 	case d.again && d.round < r.retries && c.loop.now+pause < d.until:
 		d.round++
 		c.setDeadline(pause)
@@ -367,6 +390,9 @@ func connectTo(family, protocol int, sa unix.Sockaddr, prepare func(fd int) erro
 	if err = prepare(fd); err == nil {
 		err = sysConnect(int32(fd), sa)
 	}
+	if err == unix.EAGAIN && family != unix.AF_UNIX { // no room in the kernel's tables (connect(2))
+		err = unix.ENOBUFS
+	}
 	if err != nil && err != unix.EINPROGRESS {
 		sysClose(int32(fd))
 		return -1, err
@@ -468,6 +494,9 @@ func (c *conn) race() {
 	fd, err := d.socket(c, s, false)
 	if err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		s.open.Add(-1)
+		if ownLack(err) {
+			c.loop.gw.short(lackInConnect, err, s.name)
+		}
 		return
 	}
 	d.rival, d.rivalServer = socket{fd: fd, owner: c}, s

@@ -59,6 +59,8 @@ type Gateway struct {
 	stop   context.CancelFunc
 	failed chan error
 	ended  sync.WaitGroup
+
+	shortages shortages
 }
 
 // New makes a gateway that logs to out. Nothing listens yet.

@@ -223,13 +223,16 @@ func (ln *listener) accept() bool {
 // The clients wait in the backlog meanwhile.
 func (ln *listener) rest(e unix.Errno) {
 	l := ln.loop
-	if ln.backoff == 0 {
+	if ln.backoff == 0 && !ownLack(e) {
 		l.gw.complain("accept", "can't accept connections; trying again", e, ln.name)
 	}
 	ln.backoff = min(max(2*ln.backoff, minRest), maxRest)
 	ln.paused = true
 	l.poll.remove(ln.fd)
 	l.counters.acceptRests.Add(1)
+	if ownLack(e) {
+		l.gw.short(lackInAccept, e, ln.name)
+	}
 	time.AfterFunc(ln.backoff, func() { l.post(ln.resume) })
 }
 

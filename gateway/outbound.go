@@ -212,11 +212,13 @@ func (c *conn) keepKnown() {
 	o.keepAliveAs(c.client.fd)
 }
 
-// ownFault says whether a connect failed for a reason on this machine, which says nothing about the backend.
-func ownFault(e unix.Errno) bool {
+// ownFault says whether a connect failed for a reason on this machine that stays, such as a missing right. That says
+// nothing about the backend either (see ownLack for what passes).
+func ownFault(err error) bool {
+	e, ok := err.(unix.Errno)
 	switch e {
-	case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EADDRINUSE, unix.EPERM, unix.EACCES, unix.EAFNOSUPPORT, unix.EINVAL:
+	case unix.EPERM, unix.EACCES, unix.EAFNOSUPPORT, unix.EINVAL:
 		return true
 	}
-	return false
+	return !ok
 }

@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"net/netip"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -330,6 +332,10 @@ func (k *keeper) probed(e *errand, s *server, err error) time.Duration {
 	switch {
 	case e.stopped():
 		return never
+	case ownLack(err):
+		k.gw.short(lackInCheck, err, s.name)
+		return jittered(lackPause)
+	case errors.Is(err, unix.EAGAIN) && s.unix != "": // it listens, and has a lot to do
 	case err != nil:
 		return k.pause(s)
 	}

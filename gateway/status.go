@@ -31,12 +31,13 @@ type Status struct {
 	Kernel      KernelCounts     `json:"ktls"`
 	Gate        GateCounts       `json:"gate"`
 
-	AcceptPauses uint64   `json:"accept_pauses"` // out of descriptors or memory
-	LinesDropped uint64   `json:"log_lines_dropped"`
-	Rules        int      `json:"rules"`
-	Certificates int      `json:"certificates"`
-	Ports        int      `json:"ports"`  // listened on
-	Listens      []string `json:"listen"` // the ports as ranges, at most maxListens of them
+	AcceptPauses uint64     `json:"accept_pauses"`       // out of descriptors or memory
+	Shortages    []Shortage `json:"shortages,omitempty"` // of this process or machine: those that have happened
+	LinesDropped uint64     `json:"log_lines_dropped"`
+	Rules        int        `json:"rules"`
+	Certificates int        `json:"certificates"`
+	Ports        int        `json:"ports"`  // listened on
+	Listens      []string   `json:"listen"` // the ports as ranges, at most maxListens of them
 
 	Listening ListeningStatus `json:"listening"` // how
 
@@ -187,6 +188,7 @@ func (g *Gateway) sum(s *Status) {
 	s.Bytes.Up = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesUp })
 	s.Bytes.Down = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesDown })
 	s.Bytes.Spliced = g.total(func(n *counters) *atomic.Uint64 { return &n.spliced })
+	s.Shortages = slices.DeleteFunc(g.Shortages(), func(x Shortage) bool { return x.Count == 0 })
 	s.AcceptPauses = g.total(func(n *counters) *atomic.Uint64 { return &n.acceptRests })
 	s.Kernel.TX = g.total(func(n *counters) *atomic.Uint64 { return &n.kernelTX })
 	s.Kernel.RX = g.total(func(n *counters) *atomic.Uint64 { return &n.kernelRX })

@@ -48,6 +48,7 @@ var (
 	loopLagDesc    = desc("loop_lag_seconds", "The longest round of each event loop in the last one or two minutes: connections waited as long. 0 when none took a millisecond.", "loop")
 	ktlsDesc       = desc("ktls_halves_total", "Directions of TLS connections that streamed and went to the kernel: tx is what is sent.", "direction")
 	fallbackDesc   = desc("ktls_fallbacks_total", "Directions of TLS connections that streamed and stayed in user space, by why.", "reason")
+	shortagesDesc  = desc("shortages_total", "What could not be done because this process or its machine lacks something, by what it lacks and what failed. It counts against nobody else.", "lack", "failed")
 	refusedDesc    = desc("refused_total", "Connections that were turned away, by the limit that they met.", "reason")
 	entriesDesc    = desc("table_entries", "Entries of what grows with what clients do, and of the lists of the map.", "table")
 	tableLimitDesc = desc("table_entries_limit", "Entries that the table can have; 0 while it is not needed.", "table")
@@ -55,7 +56,7 @@ var (
 	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
 )
 
-var labelledDescs = []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc,
+var labelledDescs = []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, shortagesDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc,
 	fallbackDesc, portsDesc, loopConnsDesc, loopSlowDesc, loopLongDesc, loopLagDesc, certDesc, buildDesc}
 
 // sender takes one number.
@@ -161,6 +162,9 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	send(ktlsDesc, prometheus.CounterValue, float64(status.Kernel.RX), "rx")
 	for reason, n := range status.Kernel.Fallbacks {
 		send(fallbackDesc, prometheus.CounterValue, float64(n), reason)
+	}
+	for _, x := range s.gateway.Shortages() {
+		send(shortagesDesc, prometheus.CounterValue, float64(x.Count), x.Of, x.In)
 	}
 	for reason, n := range status.Gate.Refused {
 		send(refusedDesc, prometheus.CounterValue, float64(n), reason)
