@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -67,12 +68,13 @@ func (e *encryption) show(cri *tls.CertificateRequestInfo) (*tls.Certificate, er
 	if e.cert == nil {
 		return &tls.Certificate{}, nil
 	}
-	for _, c := range e.cert.Certs {
+	served := e.cert.Served(time.Now())
+	for _, c := range served {
 		if cri.SupportsCertificate(c.TLS()) == nil {
 			return c.TLS(), nil
 		}
 	}
-	return e.cert.Certs[0].TLS(), nil
+	return served[0].TLS(), nil
 }
 
 // tickets are the sessions that a backend can be asked to resume. Handshakes take and put them off the loops.

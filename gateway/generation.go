@@ -35,8 +35,9 @@ type generation struct {
 
 	added, removed []string // rules, compared with the generation before
 
-	certOnce sync.Once // over certList, which only the admin asks for
+	certMu   sync.Mutex // over what follows, which only the admin asks for
 	certList []*certs.Certificate
+	certsAt  int64 // unix time at which certList is what is served
 }
 
 // portRules is what a listener serves: the port's part of the map, and the routes behind its rules.

@@ -554,3 +554,43 @@ func TestDrainDuringAReloadOpensNoPort(t *testing.T) {
 		})
 	}
 }
+
+// TestNextCertificateIsShownWhenItsTimeComes: it lies beside the present one, and nothing is read again. What is said of
+// the certificates is what clients are shown.
+func TestNextCertificateIsShownWhenItsTimeComes(t *testing.T) {
+	beside(t)
+	v := startLive(t, ":{0} edge.test -> "+echoServer(t))
+	change := time.Now().Truncate(time.Second).Add(2 * time.Second)
+	staged := map[bool]*identity{}
+	for late, validity := range map[bool][2]time.Time{false: {change.Add(-time.Minute), change}, true: {change, change.Add(time.Hour)}} {
+		id, err := issueFor(pki(t).middle, validity[0], validity[1], "staged.test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := slices.Concat(id.pem(), pki(t).middle.pem(), id.keyPEM())
+		if err := os.WriteFile(filepath.Join(v.certs, fmt.Sprintf("staged-%v.pem", late)), text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		staged[late] = id
+	}
+	v.reload(t, ":{0} edge.test staged.test -> "+echoServer(t))
+	shown := func() []byte {
+		c := v.dialTLS(t, 0, func(c *tls.Config) { c.ServerName, c.ClientSessionCache = "staged.test", nil })
+		defer c.Close()
+		return c.ConnectionState().PeerCertificates[0].Raw
+	}
+	listed := func(id *identity) bool {
+		return slices.ContainsFunc(v.gateway.Certificates(100), func(i gateway.CertInfo) bool {
+			return slices.Contains(i.Names, "staged.test") && i.NotAfter.Equal(id.NotAfter)
+		})
+	}
+	if time.Now().Before(change.Add(-time.Second)) { // else the machine was too slow for this half
+		if !bytes.Equal(shown(), staged[false].Raw) || !listed(staged[false]) || listed(staged[true]) {
+			t.Error("before the change the next certificate is shown or listed")
+		}
+	}
+	time.Sleep(time.Until(change))
+	if !bytes.Equal(shown(), staged[true].Raw) || !listed(staged[true]) || listed(staged[false]) {
+		t.Error("after the change the old certificate is shown or listed")
+	}
+}

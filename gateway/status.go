@@ -418,20 +418,15 @@ func (g *Gateway) Certificates(limit int) []CertInfo {
 	return infos
 }
 
-// certificates are those of the store, each once, by the time when they expire.
+// certificates are those that are served now, each once, by the time when they expire.
 func (gen *generation) certificates() []*certs.Certificate {
-	gen.certOnce.Do(func() {
-		seen := map[*certs.Certificate]bool{}
-		for _, e := range gen.config.Certs.Entries() {
-			for _, c := range e.Certs {
-				if !seen[c] {
-					seen[c] = true
-					gen.certList = append(gen.certList, c)
-				}
-			}
-		}
+	now := time.Now()
+	gen.certMu.Lock()
+	defer gen.certMu.Unlock()
+	if gen.certList == nil || now.Unix() != gen.certsAt { // a handshake chooses by the second, too
+		gen.certList, gen.certsAt = gen.config.Certs.Served(now), now.Unix()
 		slices.SortStableFunc(gen.certList, func(a, b *certs.Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
-	})
+	}
 	return gen.certList
 }
 

@@ -707,6 +707,15 @@ func rsaKey() (crypto.Signer, error)   { return rsa.GenerateKey(rand.Reader, 204
 
 // issue makes a certificate, signed by by or by itself: a leaf if it has names, else a CA.
 func issue(by *identity, cn string, newKey func() (crypto.Signer, error), names ...string) (*identity, error) {
+	return issueWith(by, cn, newKey, time.Now().Add(-time.Hour), time.Now().Add(90*24*time.Hour), names...)
+}
+
+// issueFor makes a certificate that is valid from one time to another.
+func issueFor(by *identity, from, to time.Time, names ...string) (*identity, error) {
+	return issueWith(by, "dated", ecdsaKey, from, to, names...)
+}
+
+func issueWith(by *identity, cn string, newKey func() (crypto.Signer, error), from, to time.Time, names ...string) (*identity, error) {
 	key, err := newKey()
 	if err != nil {
 		return nil, err
@@ -716,7 +725,7 @@ func issue(by *identity, cn string, newKey func() (crypto.Signer, error), names 
 		return nil, err
 	}
 	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: cn}, DNSNames: names,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(90 * 24 * time.Hour),
+		NotBefore: from, NotAfter: to,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 	if len(names) == 0 {
 		template.IsCA, template.BasicConstraintsValid = true, true

@@ -398,15 +398,25 @@ func (e *explanation) sayCertificates() {
 		e.say("client sees", "fatal alert unrecognized_name (112); the log has outcome unknown_name")
 		return
 	}
-	var rows [][]string
-	for _, c := range entry.Certs {
-		rows = append(rows, []string{c.KeyType, some(holds(c)), "issued by " + c.Issuer, expiry(c.NotAfter, e.now), c.CertFile})
-	}
-	lines := table(rows)
+	served := entry.Served(e.now)
+	lines := e.certificates(served)
 	if len(lines) > 1 {
 		lines = append(lines, "the client gets the first one that it can use")
 	}
+	if when, next := entry.Next(e.now); len(next) > 0 {
+		lines = append(lines, "from "+when.UTC().Format("2006-01-02 15:04:05 UTC")+" on:")
+		lines = append(lines, e.certificates(next)...)
+	}
 	e.say("certificate", lines...)
+}
+
+// certificates is a line for each.
+func (e *explanation) certificates(all []*certs.Certificate) []string {
+	var rows [][]string
+	for _, c := range all {
+		rows = append(rows, []string{c.KeyType, some(holds(c)), "issued by " + c.Issuer, expiry(c.NotAfter, e.now), c.CertFile})
+	}
+	return table(rows)
 }
 
 // holds are the names and addresses in a certificate.

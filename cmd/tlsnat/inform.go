@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
@@ -34,12 +35,9 @@ func (p *program) check(args []string) int {
 	if err := config.CheckSockets(); err != nil {
 		return p.cannot(err)
 	}
-	ports, certificates := 0, 0
+	ports, certificates := 0, len(config.Certs.Served(time.Now()))
 	for _, l := range config.Map.Listens() {
 		ports += l.Len()
-	}
-	for _, e := range config.Certs.Entries() {
-		certificates += len(e.Certs)
 	}
 	fmt.Fprintf(p.out, "ok: %s on %s, %s", count(len(config.Map.Rules), "rule"), count(ports, "port"), count(certificates, "certificate"))
 	if len(problems) > 0 {

@@ -23,6 +23,8 @@
 //     file or in two. A certificate without a key is chain material if it is a CA, otherwise an error.
 //   - what a certificate serves is what its subjectAltName says: names, wildcards of exactly one label
 //     (RFC 6125, 6.4.3), addresses. RSA, ECDSA and Ed25519 certificates for one name stand side by side.
+//   - of several certificates of one type the one that is valid when the client comes is served, and of several
+//     valid ones the one that began last. So the next certificate can lie beside the present one in advance.
 //
 // Everything that is wrong is reported at once, as a [Problem]; one broken pair does not take the others away.
 //
@@ -34,6 +36,7 @@ import (
 	"crypto/tls"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -46,12 +49,15 @@ type Store struct {
 	entries  []*Entry
 }
 
-// Entry is what is served for one or more names: one certificate, or one for each type of key.
+// Entry is what can be served for one or more names. Which certificate is served depends on the time: see Served.
 // Its fields are for reading.
 type Entry struct {
-	Names []string       // sorted, lower case; a wildcard is written "*.example"
-	Addrs []netip.Addr   // sorted; IPv4 is never IPv4-mapped IPv6
-	Certs []*Certificate // ECDSA before Ed25519 before RSA; at most one of each, at least one
+	Names []string     // sorted, lower case; a wildcard is written "*.example"
+	Addrs []netip.Addr // sorted; IPv4 is never IPv4-mapped IPv6
+
+	all    []*Certificate // every certificate for the names, at least one
+	under  *Entry         // of the wildcard that holds the names too; nil: there is none
+	choice atomic.Pointer[choice]
 }
 
 // Certificate is one leaf with its chain and key, and where they came from. Its fields are for reading.
@@ -115,21 +121,39 @@ func (s *Store) Entries() []*Entry {
 	return s.entries
 }
 
-// Select is the first certificate that the client can use. If it can use none of them it is the first, and
+// Served are the certificates that any entry serves to clients that come at that time, each once.
+func (s *Store) Served(now time.Time) (all []*Certificate) {
+	seen := make(map[*Certificate]bool)
+	for _, e := range s.Entries() {
+		for _, c := range e.Served(now) {
+			if !seen[c] {
+				seen[c] = true
+				all = append(all, c)
+			}
+		}
+	}
+	return all
+}
+
+// Select is the first certificate served now that the client can use. If it can use none of them it is the first, and
 // crypto/tls answers the client with handshake_failure. The error is always nil; it makes Select fit
 // [tls.Config.GetCertificate].
 func (e *Entry) Select(chi *tls.ClientHelloInfo) (*tls.Certificate, error) {
-	if len(e.Certs) == 1 {
-		return &e.Certs[0].pair, nil
+	if e.fixed() {
+		return &e.all[0].pair, nil
+	}
+	served := e.Served(time.Now())
+	if len(served) == 1 {
+		return &served[0].pair, nil
 	}
 	// The entry was chosen, by name or by another rule. With the name in place SupportsCertificate would
 	// refuse both certificates of an entry that was chosen for another reason than its names.
 	asked := *chi
 	asked.ServerName = ""
-	for _, c := range e.Certs {
+	for _, c := range served {
 		if asked.SupportsCertificate(&c.pair) == nil {
 			return &c.pair, nil
 		}
 	}
-	return &e.Certs[0].pair, nil
+	return &served[0].pair, nil
 }

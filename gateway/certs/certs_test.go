@@ -42,7 +42,7 @@ func TestExactBeatsWildcardAndWildcardIsOneLabel(t *testing.T) {
 	} {
 		got := ""
 		if e := s.ForName(name); e != nil {
-			got = filepath.Base(e.Certs[0].CertFile)
+			got = filepath.Base(e.Served(noon)[0].CertFile)
 		}
 		if got != file {
 			t.Errorf("%q is served by %q, not %q", name, got, file)
@@ -159,7 +159,7 @@ func TestSingleCertificateIsGivenWithoutAsking(t *testing.T) {
 	id := leaf(t, nil, "a.example")
 	put(t, dir, "a.pem", id.certPEM(), id.keyPEM(t))
 	e := loadClean(t, dir).Only()
-	if c, err := e.Select(nil); err != nil || c != e.Certs[0].TLS() || c.Leaf == nil {
+	if c, err := e.Select(nil); err != nil || c != e.Served(noon)[0].TLS() || c.Leaf == nil {
 		t.Errorf("%v %v", c, err)
 	}
 	if n := testing.AllocsPerRun(100, func() { e.Select(nil) }); n != 0 {
@@ -205,7 +205,7 @@ func TestUsualLayoutsLoadWithoutComplaint(t *testing.T) {
 		t.Errorf("entries: %q", got)
 	}
 	for _, e := range s.Entries() {
-		c := e.Certs[0]
+		c := e.Served(noon)[0]
 		opts := x509.VerifyOptions{DNSName: e.Names[0], Roots: pool(root), Intermediates: x509.NewCertPool(), CurrentTime: noon}
 		for _, der := range c.TLS().Certificate[1:] {
 			above, _ := x509.ParseCertificate(der)
@@ -215,7 +215,7 @@ func TestUsualLayoutsLoadWithoutComplaint(t *testing.T) {
 			t.Errorf("%s: chain of %d, %v", e.Names[0], len(c.TLS().Certificate), err)
 		}
 	}
-	c := s.ForName("split.example").Certs[0]
+	c := s.ForName("split.example").Served(noon)[0]
 	if c.CertFile != filepath.Join(dir, "certs/split.crt") || c.KeyFile != filepath.Join(dir, "private/any-name-will-do.key") {
 		t.Errorf("files: %s %s", c.CertFile, c.KeyFile)
 	}
@@ -235,7 +235,7 @@ func TestStoreIsASnapshot(t *testing.T) {
 	before := loadClean(t, dir)
 	put(t, dir, "a.pem", renewed.certPEM(), renewed.keyPEM(t))
 	after := loadClean(t, dir)
-	if !before.Only().Certs[0].TLS().Leaf.Equal(old.Certificate) || !after.Only().Certs[0].TLS().Leaf.Equal(renewed.Certificate) {
+	if !before.Only().Served(noon)[0].TLS().Leaf.Equal(old.Certificate) || !after.Only().Served(noon)[0].TLS().Leaf.Equal(renewed.Certificate) {
 		t.Error("a reload changed the store in use")
 	}
 }

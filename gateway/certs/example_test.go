@@ -39,6 +39,6 @@ func ExampleSelfSigned() {
 		return
 	}
 	entry := store.Only()
-	fmt.Println(entry.Names, entry.Addrs, entry.Certs[0].KeyType)
+	fmt.Println(entry.Names, entry.Addrs, entry.Served(time.Now())[0].KeyType)
 	// Output: [localhost] [127.0.0.1] ECDSA P-256
 }

@@ -80,7 +80,7 @@ func parseAll(contents ...[]byte) *Store {
 // served are the certificates of a store, each once.
 func served(s *Store) (certs []*Certificate) {
 	for _, e := range s.Entries() {
-		for _, c := range e.Certs {
+		for _, c := range e.Served(noon) {
 			if !slices.Contains(certs, c) {
 				certs = append(certs, c)
 			}
@@ -111,7 +111,7 @@ func picture(s *Store) string {
 	b := strings.Builder{}
 	for i, line := range serves(s) {
 		b.WriteString(line + "\n")
-		for _, c := range s.Entries()[i].Certs {
+		for _, c := range s.Entries()[i].Served(noon) {
 			for _, der := range c.TLS().Certificate {
 				b.WriteString(pemText("CERTIFICATE", der))
 			}

@@ -162,7 +162,7 @@ func serves(s *Store) (lines []string) {
 		for _, a := range e.Addrs {
 			what = append(what, a.String())
 		}
-		for _, c := range e.Certs {
+		for _, c := range e.Served(noon) {
 			types = append(types, c.KeyType)
 		}
 		lines = append(lines, strings.Join(what, " ")+" = "+strings.Join(types, ", "))

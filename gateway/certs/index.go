@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -17,12 +18,9 @@ import (
 // something has failed three weeks long. Of a certificate that lives less than 63 days it is the last third.
 const soon = 21 * 24 * time.Hour
 
-// triple is the best certificate of each kind for a name. Names with the same triple share an Entry.
-type triple [kinds]*Certificate
-
 // index makes the Store of certificates; nil if none serves anything.
 func index(certs []*Certificate, now time.Time, r *report) *Store {
-	b := &builder{now: now, report: r, entries: make(map[triple]*Entry), lost: make(map[[2]*Certificate]bool)}
+	b := &builder{now: now, report: r, number: numbered(certs), entries: make(map[string]*Entry), lost: make(map[[2]*Certificate]bool)}
 	s := &Store{exact: make(map[string]*Entry), wildcard: make(map[string]*Entry), addrs: make(map[netip.Addr]*Entry)}
 	names, addrs := make(map[string][]*Certificate), make(map[netip.Addr][]*Certificate)
 	for _, c := range certs {
@@ -33,8 +31,8 @@ func index(certs []*Certificate, now time.Time, r *report) *Store {
 			addrs[addr] = append(addrs[addr], c)
 		}
 	}
-	for _, name := range sortedKeys(names, strings.Compare) {
-		e := b.entry(name, names[name])
+	for _, name := range sortedKeys(names, strings.Compare) { // wildcards first: '*' sorts before letters and digits
+		e := b.entry(name, names[name], s.above(name))
 		e.Names = append(e.Names, name)
 		if below, ok := strings.CutPrefix(name, "*"); ok {
 			s.wildcard[below] = e
@@ -43,7 +41,7 @@ func index(certs []*Certificate, now time.Time, r *report) *Store {
 		}
 	}
 	for _, addr := range sortedKeys(addrs, netip.Addr.Compare) {
-		e := b.entry(addr.String(), addrs[addr])
+		e := b.entry(addr.String(), addrs[addr], nil)
 		e.Addrs = append(e.Addrs, addr)
 		s.addrs[addr] = e
 	}
@@ -54,48 +52,76 @@ func index(certs []*Certificate, now time.Time, r *report) *Store {
 	return s
 }
 
-// builder gives out one Entry for each triple.
+// above is the entry of the wildcard that holds an exact name, or nil.
+func (s *Store) above(name string) *Entry {
+	dot := strings.IndexByte(name, '.')
+	if dot <= 0 || name[0] == '*' {
+		return nil
+	}
+	return s.wildcard[name[dot:]]
+}
+
+// numbered gives each certificate a number, to tell sets of them apart by.
+func numbered(certs []*Certificate) map[*Certificate]int {
+	numbers := make(map[*Certificate]int, len(certs))
+	for i, c := range certs {
+		numbers[c] = i
+	}
+	return numbers
+}
+
+// builder makes one Entry for all names that have the same certificates.
 type builder struct {
-	entries map[triple]*Entry
+	entries map[string]*Entry
+	number  map[*Certificate]int
 	order   []*Entry
 	lost    map[[2]*Certificate]bool // winner and loser that have been named
 	now     time.Time
 	*report
 }
 
-func (b *builder) entry(name string, certs []*Certificate) *Entry {
-	var best triple
-	for _, c := range certs {
-		if w := best[c.kind]; w == nil || fresher(c.pair.Leaf, w.pair.Leaf, b.now) {
-			best[c.kind] = c
-		}
+func (b *builder) entry(name string, certs []*Certificate, under *Entry) *Entry {
+	if under != nil && subset(under.all, certs) {
+		under = nil
 	}
+	var key []byte
+	for _, c := range certs {
+		key = binary.AppendUvarint(key, uint64(b.number[c])) // certs are in the order of their numbers
+	}
+	if under != nil {
+		key = append(append(key, 0, 0), under.Names[0]...)
+	}
+	e := b.entries[string(key)]
+	if e == nil {
+		e = &Entry{all: certs, under: under}
+		b.entries[string(key)] = e
+		b.order = append(b.order, e)
+	}
+	best := bestOf(certs, b.now.Unix())
 	for _, c := range certs {
 		b.warnLost(name, best[c.kind], c)
-	}
-	e := b.entries[best]
-	if e == nil {
-		e = &Entry{}
-		for _, c := range best {
-			if c != nil {
-				e.Certs = append(e.Certs, c)
-			}
-		}
-		b.entries[best] = e
-		b.order = append(b.order, e)
 	}
 	return e
 }
 
-// warnLost says once for two certificates, not for each name, that one is served in the other's place.
+func subset(some, all []*Certificate) bool {
+	return !slices.ContainsFunc(some, func(c *Certificate) bool { return !slices.Contains(all, c) })
+}
+
+// warnLost says once for two certificates, not for each name, that one is served in the other's place. A certificate
+// that lies ready for later is not lost.
 func (b *builder) warnLost(name string, winner, loser *Certificate) {
 	pair := [2]*Certificate{winner, loser}
-	if winner == loser || b.lost[pair] {
+	if winner == loser || b.lost[pair] || b.now.Before(loser.NotBefore) {
 		return
 	}
 	b.lost[pair] = true
-	b.warn(loser.at(), "remove the one that is not wanted", "not served for %s: %s has a newer certificate (%s, from %s)",
-		name, winner.at(), winner.KeyType, day(winner.NotBefore))
+	why := "newer"
+	if !winner.issuedAfter(loser) { // then the loser has expired
+		why = "valid"
+	}
+	b.warn(loser.at(), "remove the one that is not wanted", "not served for %s: %s has a %s certificate (%s, from %s)",
+		name, winner.at(), why, winner.KeyType, day(winner.NotBefore))
 }
 
 func (c *Certificate) at() place { return place{c.CertFile, c.line} }
@@ -104,16 +130,21 @@ func (c *Certificate) at() place { return place{c.CertFile, c.line} }
 func (b *builder) warnTimes() {
 	seen := make(map[*Certificate]bool)
 	for _, e := range b.order {
-		for _, c := range e.Certs {
-			if !seen[c] {
+		best := bestOf(e.all, b.now.Unix())
+		for _, c := range best {
+			if c != nil && !seen[c] {
 				seen[c] = true
-				b.warnTime(c)
+				b.warnTime(c, bestOf(e.all, c.NotAfter.Unix())[c.kind])
 			}
 		}
 	}
 }
 
-func (b *builder) warnTime(c *Certificate) {
+// warnTime is about a certificate and the one that is served when it has expired: the same one if no other is ready.
+func (b *builder) warnTime(c, next *Certificate) {
+	if next != c && next.validAt(c.NotAfter.Unix()) && !b.now.After(c.NotAfter) {
+		return
+	}
 	name := title(c.pair.Leaf)
 	early := min(soon, c.NotAfter.Sub(c.NotBefore)/3)
 	switch left := c.NotAfter.Sub(b.now); {

@@ -139,7 +139,7 @@ func TestOpensslVerifiesTheServedChain(t *testing.T) {
 	s, _ := Load(dir, noon)
 	out := t.TempDir()
 	var text []string
-	for _, der := range s.Only().Certs[0].TLS().Certificate {
+	for _, der := range s.Only().Served(noon)[0].TLS().Certificate {
 		text = append(text, pemText("CERTIFICATE", der))
 	}
 	put(t, out, "leaf.pem", text[0])

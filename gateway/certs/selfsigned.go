@@ -113,7 +113,7 @@ func loadSelfSigned(dir string, now time.Time) *Store {
 func (s *Store) serves(hosts []string, addrs []netip.Addr, now time.Time) bool {
 	e := s.Only()
 	return e != nil && slices.Equal(e.Names, hosts) && slices.Equal(e.Addrs, addrs) &&
-		!now.Before(e.Certs[0].NotBefore) && e.Certs[0].NotAfter.Sub(now) >= selfSignedLeft
+		!now.Before(e.Served(now)[0].NotBefore) && e.Served(now)[0].NotAfter.Sub(now) >= selfSignedLeft
 }
 
 func makeSelfSigned(dir string, hosts []string, addrs []netip.Addr, now time.Time) error {

@@ -28,7 +28,7 @@ func selfSigned(t testing.TB, dir string, names []string, now time.Time) *Certif
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s.Only().Certs[0]
+	return s.Only().Served(noon)[0]
 }
 
 func TestSelfSignedIsMadeOnceAndKept(t *testing.T) {
@@ -110,7 +110,7 @@ func TestSelfSignedByManyAtOnceIsOne(t *testing.T) {
 	for i := range leaves {
 		all.Go(func() {
 			if s, err := SelfSigned(dir, local, noon); err == nil {
-				leaves[i] = s.Only().Certs[0].TLS().Leaf
+				leaves[i] = s.Only().Served(noon)[0].TLS().Leaf
 			}
 		})
 	}
