@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/net/idna"
+	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
 	"github.com/tlsnat/tlsnat/natmap"
@@ -25,26 +27,45 @@ type Config struct {
 	Map      *natmap.Map
 	Certs    *certs.Store
 
-	BackendCAs map[string]*certs.Authority // those that rules name with backend-ca=
+	BackendCAs map[string]*certs.Authority // those that rules name with backend-ca=; one without certificates verifies nobody
 	lists      lists
+
+	// Unusable are the errors about single files. Everything else is served, and what was read from them before.
+	Unusable Problems
+
+	before       *Config // while it is read: the one in use; nil at the start
+	certsSpoiled bool    // a file of certificates cannot be used
 }
 
 // DemoMap is the map of a gateway that was given none.
 const DemoMap = ":8443 -> demo"
 
-// ReadConfig reads the map and the certificates that the settings name. Every complaint comes at once; if one of
-// them is an error the Config is nil.
+// ReadConfig reads the map and the certificates that the settings name. Every complaint comes at once. An error about a
+// single file of certificates, CAs or prefixes is one of Config.Unusable; if there is any other error the Config is nil.
 func ReadConfig(s Settings) (*Config, Problems) {
-	c, problems := readConfig(s)
-	if problems.Errors() {
+	c, problems := readConfig(s, nil)
+	if c.refused(problems) {
 		return nil, problems
 	}
 	return c, problems
 }
 
-// readConfig is ReadConfig that returns what was read in any case.
-func readConfig(s Settings) (*Config, Problems) {
-	c := &Config{Settings: s}
+// refused says whether there is an error that is not about a single file.
+func (c *Config) refused(problems Problems) bool {
+	return slices.ContainsFunc(problems, func(p Problem) bool { return !p.Warning && !slices.Contains(c.Unusable, p) })
+}
+
+// unusable notes an error about a single file.
+func (c *Config) unusable(text string) Problem {
+	p := Problem{Text: text}
+	c.Unusable = append(c.Unusable, p)
+	return p
+}
+
+// readConfig is ReadConfig that returns what was read in any case. What cannot be used of it is taken from before.
+func readConfig(s Settings, before *Config) (*Config, Problems) {
+	c := &Config{Settings: s, before: before}
+	defer func() { c.before = nil }()
 	var problems Problems
 	sources, problems := mapSources(&s)
 	if len(sources) == 0 && len(problems) == 0 {
@@ -85,27 +106,55 @@ func mapSources(s *Settings) (sources []natmap.Source, problems Problems) {
 	if s.MapFile == "" {
 		return sources, nil
 	}
-	files := []string{s.MapFile}
-	info, err := os.Stat(s.MapFile)
-	if err == nil && info.IsDir() {
-		files, err = filepath.Glob(filepath.Join(globEscape(s.MapFile), "*.natmap"))
-		slices.Sort(files)
-		if err == nil && len(files) == 0 {
-			err = errors.New("no *.natmap file is in this directory")
-		}
-	}
+	files, problems, err := mapFiles(s.MapFile)
 	if err != nil {
 		return nil, Problems{{Text: fmt.Sprintf("%sMAP_FILE=%s: %v; write the path of a file with rules, or of a directory with *.natmap files", Prefix, s.MapFile, reason(err))}}
 	}
 	for _, f := range files {
 		text, err := readBounded(f, natmap.MaxText)
 		if err != nil {
-			problems = append(problems, Problem{Text: fmt.Sprintf("%s: %v; make the file readable for the user that tlsnat runs as (uid %d)", f, reason(err), os.Getuid())})
+			problems = append(problems, Problem{Text: fmt.Sprintf("%s: %v; %s", f, reason(err), readable(err))})
 			continue
 		}
 		sources = append(sources, natmap.Source{Name: f, Text: text})
 	}
 	return sources, problems
+}
+
+// mapFiles are the files with rules: the one that is named, or those of a directory. As with a shell's *.natmap, names
+// that begin with a dot are left out: they are what editors and Kubernetes keep there.
+func mapFiles(path string) (files []string, problems Problems, err error) {
+	entries, err := os.ReadDir(path)
+	if errors.Is(err, unix.ENOTDIR) {
+		return []string{path}, nil, nil
+	}
+	for _, e := range entries {
+		name := filepath.Join(path, e.Name())
+		switch info, err := os.Stat(name); {
+		case filepath.Ext(e.Name()) != ".natmap" || strings.HasPrefix(e.Name(), "."):
+		case err == nil && info.IsDir():
+			problems = append(problems, Problem{true, name + ": is a directory, which is not looked into; move its files up, or rename it"})
+		default:
+			files = append(files, name)
+		}
+	}
+	if err == nil && len(files) == 0 {
+		err = errors.New("no *.natmap file is in this directory")
+	}
+	return files, problems, err
+}
+
+// readable says what to do about a file that could not be read.
+func readable(err error) string {
+	switch {
+	case errors.Is(err, certs.ErrNotRegular):
+		return "put a file or a link to a file there"
+	case errors.Is(err, certs.ErrTooLarge):
+		return "write less into one file"
+	case errors.Is(err, fs.ErrNotExist):
+		return "renew the link or remove it"
+	}
+	return fmt.Sprintf("make the file readable for the user that tlsnat runs as (uid %d)", os.Getuid())
 }
 
 // reason is an error without the path, which the message has already.
@@ -117,19 +166,9 @@ func reason(err error) error {
 	return err
 }
 
-func globEscape(s string) string {
-	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(s)
-}
-
+// readBounded reads a regular file, and does not wait for anything.
 func readBounded(path string, limit int64) (string, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return "", err
-	}
-	if info.Size() > limit {
-		return "", fmt.Errorf("%d bytes, more than a map may have (%d)", info.Size(), limit)
-	}
-	b, err := os.ReadFile(path)
+	b, _, err := certs.ReadFile(path, limit)
 	return string(b), err
 }
 
@@ -161,9 +200,17 @@ func (c *Config) readCerts() (problems Problems) {
 		c.Certs = store
 		return nil
 	}
-	store, found := certs.Load(c.Settings.Certs, now)
+	var had *certs.Store
+	if c.before != nil {
+		had = c.before.Certs
+	}
+	store, found := certs.Reload(c.Settings.Certs, now, had)
 	for _, p := range found {
-		problems = append(problems, Problem{p.Warning, p.Error()})
+		problem := Problem{p.Warning, p.Error()}
+		if !p.Warning && !p.Whole {
+			problem, c.certsSpoiled = c.unusable(p.Error()), true
+		}
+		problems = append(problems, problem)
 	}
 	c.Certs = store
 	return problems
@@ -219,12 +266,36 @@ func (c *Config) readBackendCAs() (problems Problems) {
 			problems = append(problems, Problem{Text: fmt.Sprintf("%s: backend-ca=%s: set %sBACKEND_CAS to the directory that holds %s.pem", r.Pos, name, Prefix, name)})
 			return problems
 		}
-		a, found := certs.LoadAuthority(c.Settings.BackendCAs, name, now)
-		for _, p := range found {
-			problems = append(problems, Problem{p.Warning, p.Error()})
-		}
-		c.BackendCAs[name] = a
+		problems = append(problems, c.readBackendCA(name, now)...)
 	}
+	return problems
+}
+
+// readBackendCA reads a CA. If its file cannot be used the rule has the CA that was read from it before. At the start
+// there is none: then nobody is verified by it, and the other rules are served. A reload that comes to name an unusable
+// file is refused, since it would take a rule from clients that have it now.
+func (c *Config) readBackendCA(name string, now time.Time) (problems Problems) {
+	a, found := certs.LoadAuthority(c.Settings.BackendCAs, name, now)
+	var had *certs.Authority
+	if c.before != nil {
+		had = c.before.BackendCAs[name]
+	}
+	bad := false
+	for _, p := range found {
+		problem := Problem{p.Warning, p.Error()}
+		if !p.Warning && (c.before == nil || had != nil) {
+			problem = c.unusable(p.Error())
+		}
+		bad = bad || !p.Warning
+		problems = append(problems, problem)
+	}
+	if bad && had != nil && len(had.Certs) > 0 {
+		a = had
+	}
+	if a == nil {
+		a = certs.NoAuthority(c.Settings.BackendCAs, name)
+	}
+	c.BackendCAs[name] = a
 	return problems
 }
 
@@ -242,7 +313,7 @@ func (c *Config) checkEncryption(r *natmap.Rule, say func(warning bool, format s
 			"(in a container: mount /etc/ssl/certs), or write backend-ca=NAME")
 	}
 	if cert := o.BackendCert; cert != "" && c.Certs.ForName(cert) == nil {
-		say(false, "backend-cert=%s: no certificate in %sCERTS has this name; write a name that one of them has", cert, Prefix)
+		c.sayNoCert(cert, say, "backend-cert=%s: no certificate in %sCERTS has this name; write a name that one of them has", cert, Prefix)
 	}
 }
 
@@ -265,10 +336,8 @@ func (c *Config) checkRules() (problems Problems) {
 			continue
 		}
 		name := r.Name
-		if c.Certs == nil {
-			if c.Settings.Certs == "" {
-				say(false, "the rule terminates TLS and needs a certificate; set %sCERTS to the directory that holds it, or write mode=pass", Prefix)
-			}
+		if c.Certs == nil && c.Settings.Certs == "" {
+			say(false, "the rule terminates TLS and needs a certificate; set %sCERTS to the directory that holds it, or write mode=pass", Prefix)
 			continue
 		}
 		if suffix, ok := strings.CutPrefix(name, "*."); ok {
@@ -278,10 +347,24 @@ func (c *Config) checkRules() (problems Problems) {
 			say(true, "%s, clients that ask for it are refused; %s", c.noneIsFor(r.Name), c.remedy(r))
 		}
 		if cert := r.Options.Cert; cert != "" && c.Certs.ForName(cert) == nil {
-			say(false, "cert=%s: %s; write a name that one of them has", cert, c.noneIsFor(cert))
+			c.sayNoCert(cert, say, "cert=%s: %s; write a name that one of them has", cert, c.noneIsFor(cert))
 		}
 	}
 	return problems
+}
+
+// sayNoCert complains about an option that names a certificate which is not there. If a file of certificates cannot be
+// used it may be in there: at the start the rule is served without it then, and in a reload if it is so already.
+func (c *Config) sayNoCert(cert string, say func(warning bool, format string, args ...any), format string, args ...any) {
+	mistake := !c.certsSpoiled || c.before != nil && !c.before.lacks(cert)
+	say(!mistake, format, args...)
+}
+
+// lacks says whether a rule names a certificate that is not there.
+func (c *Config) lacks(cert string) bool {
+	return c.Certs.ForName(cert) == nil && slices.ContainsFunc(c.Map.Rules, func(r *natmap.Rule) bool {
+		return r.Options.Cert == cert || r.Options.BackendCert == cert
+	})
 }
 
 // noneIsFor says that a name has no certificate.

@@ -31,6 +31,7 @@ type encryption struct {
 	name       string         // of all backends; "": their hosts
 	clientName bool           // the name that the client asked for, where it asked for one
 	unverified bool
+	lacks      string // what of all that could not be read, so that no connection is made; "": nothing
 }
 
 func (g *Gateway) newEncryption(c *Config, rule *natmap.Rule) *encryption {
@@ -38,9 +39,14 @@ func (g *Gateway) newEncryption(c *Config, rule *natmap.Rule) *encryption {
 	e := &encryption{minTLS: g.settings.minTLS(), unverified: o.BackendUnverified}
 	if a := c.BackendCAs[o.BackendCA]; a != nil {
 		e.roots = a.Pool
+		if len(a.Certs) == 0 {
+			e.lacks = "the CA of backend-ca=" + o.BackendCA + " cannot be read"
+		}
 	}
 	if o.BackendCert != "" {
-		e.cert = c.Certs.ForName(o.BackendCert)
+		if e.cert = c.Certs.ForName(o.BackendCert); e.cert == nil {
+			e.lacks = "the certificate of backend-cert=" + o.BackendCert + " cannot be read"
+		}
 	}
 	if e.clientName = o.BackendName == natmap.NameOfClient; !e.clientName {
 		e.name = o.BackendName
@@ -142,6 +148,9 @@ func (t *tickets) drop(p ticketPeer, cs *tls.ClientSessionState) {
 // encrypt queues the connection to shake hands with the backend that has just been reached.
 func (c *conn) encrypt() stage {
 	l, d := c.loop, c.dial
+	if lacks := c.route.encryption.lacks; lacks != "" { // it is not the backend's fault, and nothing is said to it
+		return c.nextBackend(lacks)
+	}
 	c.stage = waitingEncryption
 	c.setDeadline(d.share(c))
 	l.encryptQueue.push(c)

@@ -182,9 +182,11 @@ type Problem struct {
 	Text    string // place: what is wrong; what to write instead
 }
 
+const warningPrefix = "warning: "
+
 func (p Problem) String() string {
 	if p.Warning {
-		return "warning: " + p.Text
+		return warningPrefix + p.Text
 	}
 	return p.Text
 }
@@ -192,15 +194,18 @@ func (p Problem) String() string {
 // Problems are all complaints, in the order of the files.
 type Problems []Problem
 
-// Errors says whether there is anything that keeps the gateway from running.
+// Errors says whether there is an error among them.
 func (ps Problems) Errors() bool {
 	return slices.ContainsFunc(ps, func(p Problem) bool { return !p.Warning })
 }
 
-func (ps Problems) String() string {
+// Lines are all of them, one line each.
+func (ps Problems) Lines() []string {
 	lines := make([]string, len(ps))
 	for i, p := range ps {
 		lines[i] = p.String()
 	}
-	return strings.Join(lines, "\n")
+	return lines
 }
+
+func (ps Problems) String() string { return strings.Join(ps.Lines(), "\n") }

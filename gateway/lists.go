@@ -4,7 +4,6 @@ package gateway
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 
@@ -136,7 +135,7 @@ func (c *Config) entries(m natmap.Member, key string, at natmap.Pos) ([]gate.Ent
 func readList(path, at string) (entries []gate.Entry, problems Problems) {
 	text, err := readBounded(path, gate.MaxListText)
 	if err != nil {
-		return nil, Problems{{Text: fmt.Sprintf("%s: %s: %v; make the file readable for the user that tlsnat runs as (uid %d)", at, path, reason(err), os.Getuid())}}
+		return nil, Problems{{Text: fmt.Sprintf("%s: %s: %v; %s", at, path, reason(err), readable(err))}}
 	}
 	entries, complaints := gate.ReadList(path, text, false)
 	for _, x := range complaints {

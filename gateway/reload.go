@@ -8,6 +8,7 @@ import (
 	"hash/maphash"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,7 +27,8 @@ type Reloaded struct {
 	TookMS     int64     `json:"took_ms"`
 	Added      []string  `json:"added,omitempty"`    // rules, as the map writes them
 	Removed    []string  `json:"removed,omitempty"`  // a changed rule is in both
-	Problems   []string  `json:"problems,omitempty"` // errors and warnings; with an error nothing has changed
+	Problems   []string  `json:"problems,omitempty"` // errors and warnings
+	Unusable   int       `json:"unusable,omitempty"` // of the problems: errors about single files, which do not keep the rest from being served
 }
 
 // reloader is what the gateway keeps about its generations.
@@ -58,7 +60,7 @@ func (g *Gateway) Reload() Reloaded {
 
 func (g *Gateway) reload(r *Reloaded) {
 	g.noteFiles()
-	c, problems := readConfig(g.settings)
+	c, problems := readConfig(g.settings, g.current.Load().config)
 	lists := c.ListFiles()
 	g.reloads.lists.Store(&lists)
 	for _, p := range problems {
@@ -68,9 +70,10 @@ func (g *Gateway) reload(r *Reloaded) {
 		r.Problems = append(r.Problems, "the gateway drains and takes no new configuration; start it again")
 		return
 	}
-	if problems.Errors() {
+	if c.refused(problems) {
 		return
 	}
+	r.Unusable = len(c.Unusable)
 	if err := g.change(c, r); err != nil {
 		r.Problems = append(r.Problems, err.Error())
 	}
@@ -97,7 +100,7 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 	last := g.current.Load()
 	gen := g.newGeneration(c, last)
 	for _, p := range gen.resolve(context.Background()) {
-		r.Problems = append(r.Problems, "warning: "+p)
+		r.Problems = append(r.Problems, warningPrefix+p)
 	}
 	had := g.ports.layout
 	o, err := g.openPorts(gen)
@@ -337,20 +340,36 @@ func (g *Gateway) noteReload(r *Reloaded) {
 		s.bad++
 	}
 	s.mu.Unlock()
-	const enough = 20 // lines of the log
-	for i, p := range r.Problems {
-		if i == enough {
-			g.log.Warn(fmt.Sprintf("and %d more; 'tlsnat check' lists them all", len(r.Problems)-enough))
-			break
-		}
-		g.log.Warn(p)
-	}
+	LogProblems(g.log, r.Problems)
 	fields := []zap.Field{zap.Uint64("generation", r.Generation), zap.Int("rules_added", len(r.Added)),
 		zap.Int("rules_removed", len(r.Removed)), zap.Int64("took_ms", r.TookMS)}
 	if r.OK {
 		g.log.Info("reloaded", fields...)
 	} else {
 		g.log.Error("not reloaded: the configuration stays as it was", fields[0])
+	}
+}
+
+// LogProblems writes what was wrong with a configuration: errors first, as errors, then warnings.
+func LogProblems(log *zap.Logger, problems []string) {
+	const enough = 20 // lines of the log
+	warnings := func(p string) int {
+		if strings.HasPrefix(p, warningPrefix) {
+			return 1
+		}
+		return 0
+	}
+	sorted := slices.SortedStableFunc(slices.Values(problems), func(a, b string) int { return warnings(a) - warnings(b) })
+	for i, p := range sorted {
+		switch {
+		case i == enough:
+			log.Warn(fmt.Sprintf("and %d more; 'tlsnat check' lists them all", len(sorted)-enough))
+			return
+		case warnings(p) > 0:
+			log.Warn(strings.TrimPrefix(p, warningPrefix))
+		default:
+			log.Error(p)
+		}
 	}
 }
 

@@ -300,8 +300,8 @@ func TestReloadReplacesCertificates(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(v.certs, "edge-ecdsa.pem"), []byte("-----BEGIN CERTIFICATE-----\nbroken"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if r := v.gateway.Reload(); r.OK {
-		t.Error("a broken certificate was taken")
+	if r := v.gateway.Reload(); !r.OK || r.Unusable != 1 {
+		t.Errorf("a broken certificate is not said, or stops the reload: %+v", r)
 	}
 	if now := shown(); !bytes.Equal(now, renewed.Raw) {
 		t.Error("a broken certificate took the place of a good one")

@@ -36,8 +36,9 @@ type Status struct {
 	LinesDropped uint64     `json:"log_lines_dropped"`
 	Rules        int        `json:"rules"`
 	Certificates int        `json:"certificates"`
-	Ports        int        `json:"ports"`  // listened on
-	Listens      []string   `json:"listen"` // the ports as ranges, at most maxListens of them
+	Unusable     int        `json:"unusable_files"` // errors about single files of the configuration
+	Ports        int        `json:"ports"`          // listened on
+	Listens      []string   `json:"listen"`         // the ports as ranges, at most maxListens of them
 
 	Listening ListeningStatus `json:"listening"` // how
 
@@ -148,7 +149,7 @@ func (g *Gateway) Status() Status {
 	gen := g.current.Load()
 	listens := gen.config.Map.Listens()
 	s := Status{Started: g.started, Draining: g.Draining(), Generation: gen.number, Loops: len(g.loops),
-		LinesDropped: g.lines.dropped.Load(), Rules: len(gen.config.Map.Rules), Certificates: len(gen.certificates())}
+		LinesDropped: g.lines.dropped.Load(), Rules: len(gen.config.Map.Rules), Certificates: len(gen.certificates()), Unusable: len(gen.config.Unusable)}
 	for i, l := range listens {
 		s.Ports += l.Len()
 		if i < maxListens {
@@ -405,6 +406,7 @@ type CertInfo struct {
 	NotBefore time.Time    `json:"not_before"`
 	NotAfter  time.Time    `json:"not_after"`
 	File      string       `json:"file"`
+	Kept      bool         `json:"kept,omitempty"` // the file cannot be used any more: this is what it held before
 }
 
 // Certificates are those that are served, the one that expires first comes first; at most limit of them.
@@ -413,7 +415,7 @@ func (g *Gateway) Certificates(limit int) []CertInfo {
 	infos := make([]CertInfo, min(limit, len(all)))
 	for i := range infos {
 		c := all[i]
-		infos[i] = CertInfo{c.Names, c.Addrs, c.KeyType, c.Issuer, c.NotBefore, c.NotAfter, c.CertFile}
+		infos[i] = CertInfo{c.Names, c.Addrs, c.KeyType, c.Issuer, c.NotBefore, c.NotAfter, c.CertFile, c.Kept}
 	}
 	return infos
 }

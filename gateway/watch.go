@@ -8,6 +8,7 @@ import (
 	"hash/maphash"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -90,16 +91,20 @@ func addFile(h *maphash.Hash, path string, depth int) {
 		if depth > 0 {
 			entries, _ := os.ReadDir(path)
 			for _, e := range entries {
+				if strings.HasPrefix(e.Name(), ".") {
+					continue // neither maps nor certificates are read from them: an editor's lock is no change
+				}
 				addFile(h, filepath.Join(path, e.Name()), depth-1)
 			}
 		}
 		return
 	}
-	var b [24]byte
+	var b [32]byte
 	binary.LittleEndian.PutUint64(b[:], uint64(info.Size()))
 	binary.LittleEndian.PutUint64(b[8:], uint64(info.ModTime().UnixNano()))
 	if st, ok := info.Sys().(*syscall.Stat_t); ok {
 		binary.LittleEndian.PutUint64(b[16:], st.Ino)
+		binary.LittleEndian.PutUint64(b[24:], uint64(st.Ctim.Nano())) // of a file that was made readable nothing else changes
 	}
 	_, _ = h.Write(b[:])
 }

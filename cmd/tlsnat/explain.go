@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -269,7 +268,7 @@ func some(list []string) string {
 func statement(s *gateway.Settings, at natmap.Pos) string {
 	text := s.Map
 	if at.File != gateway.Prefix+"MAP" {
-		b, err := os.ReadFile(at.File)
+		b, _, err := certs.ReadFile(at.File, natmap.MaxText)
 		if err != nil {
 			return err.Error()
 		}

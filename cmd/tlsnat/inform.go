@@ -29,7 +29,7 @@ func (p *program) check(args []string) int {
 	}
 	config, problems := p.config()
 	p.complain(problems)
-	if config == nil {
+	if config == nil || problems.Errors() {
 		return exitInput
 	}
 	if err := config.CheckSockets(); err != nil {

@@ -40,9 +40,7 @@ func (p *program) run(args []string) int {
 	}
 	e.hangups = make(chan os.Signal, 1) // one that comes during a reload leads to another one
 	signal.Notify(e.hangups, syscall.SIGHUP)
-	for _, problem := range problems {
-		e.Logger().Warn(problem.Text)
-	}
+	gateway.LogProblems(e.Logger(), problems.Lines())
 	e.Logger().Info("running", zap.String("version", buildVersion()), zap.Strings("listen", e.listens()), zap.String("admin", e.admin.Addr()))
 	return p.serve(e)
 }

@@ -296,8 +296,14 @@ func (p *program) reload(args []string) int {
 		fmt.Fprintf(p.err, "not reloaded: generation %d is still served\n", r.Generation)
 		return exitInput
 	}
+	if r.Unusable > 0 {
+		defer fmt.Fprintf(p.err, "reloaded, but not all: %s of single files, see above; what was read from them before is still served\n", count(r.Unusable, "error"))
+	}
 	fmt.Fprintf(p.out, "reloaded in %s: generation %d, %s\n", since(r.TookMS), r.Generation, changes(r))
 	writeChanges(p.out, "", r.Added, r.Removed)
+	if r.Unusable > 0 {
+		return exitInput
+	}
 	return exitOK
 }
 

@@ -105,6 +105,8 @@ var plainMetrics = []struct {
 		func(s *gateway.Status) float64 { return seconds(s.Reloads.Since) }},
 	{desc("config_reload_ok", "0 when the last attempt to read the configuration failed, and the one before is still served."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return number(s.Reloads.Last == nil || s.Reloads.Last.OK) }},
+	{desc("config_unusable_files", "Errors about single files (certificates, CAs, lists) of the configuration: the rest is served, and what was read from them before."), prometheus.GaugeValue,
+		func(s *gateway.Status) float64 { return float64(s.Unusable) }},
 	{desc("listening_sockets", "Sockets that listen on the ports of the map, on all loops."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return float64(s.Listening.Sockets) }},
 	{desc("certificates", "Certificates that are served."), prometheus.GaugeValue,

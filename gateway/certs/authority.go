@@ -14,12 +14,17 @@ import (
 // Authority is a file of CA certificates that a peer's certificate is verified against. Its fields are for reading.
 type Authority struct {
 	File  string
-	Certs []*x509.Certificate // at least one
+	Certs []*x509.Certificate // none: nobody is verified
 	Pool  *x509.CertPool      // the same
 }
 
 // signs says whether others may be verified by c (RFC 5280, 4.2.1.9). Version 1 has no mark of a CA.
 func signs(c *x509.Certificate) bool { return c.Version < 3 || c.BasicConstraintsValid && c.IsCA }
+
+// NoAuthority is what a file stands for that cannot be used: no certificate is verified by it.
+func NoAuthority(dir, name string) *Authority {
+	return &Authority{File: filepath.Join(dir, name+".pem"), Pool: x509.NewCertPool()}
+}
 
 // LoadAuthority reads NAME.pem out of dir and reports everything that is wrong with it at once, sorted by line. It is
 // nil if nothing in the file is a certificate that can be trusted to sign others.

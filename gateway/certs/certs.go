@@ -47,6 +47,7 @@ type Store struct {
 	wildcard map[string]*Entry // "*.a.example" is kept as ".a.example"
 	addrs    map[netip.Addr]*Entry
 	entries  []*Entry
+	certs    []*Certificate // of all entries
 }
 
 // Entry is what can be served for one or more names. Which certificate is served depends on the time: see Served.
@@ -70,6 +71,7 @@ type Certificate struct {
 	NotAfter  time.Time
 	CertFile  string // path of the file that holds the leaf
 	KeyFile   string // path of the file that holds the private key; often the same
+	Kept      bool   // the files cannot be used any more: this is what they held before
 
 	pair tls.Certificate // Leaf is set, so that no handshake parses it again
 	kind kind

@@ -109,6 +109,9 @@ func (c *Certificate) beats(other *Certificate, at int64) bool {
 	if valid := c.validAt(at); valid != other.validAt(at) {
 		return valid
 	}
+	if c.Kept != other.Kept { // what is read now goes before what was read once
+		return other.Kept
+	}
 	return c.issuedAfter(other)
 }
 

@@ -5,7 +5,6 @@ package certs
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/user"
@@ -27,28 +26,44 @@ const maxFile = 1 << 20
 // Load reads a directory and reports everything that is wrong with it at once, sorted by file and line. What
 // could be understood is served; the store is nil if that is nothing. Expired certificates are served, with a
 // warning: a client that refuses one tells its user more than a gateway that does not answer.
-func Load(dir string, now time.Time) (*Store, []Problem) {
+func Load(dir string, now time.Time) (*Store, []Problem) { return Reload(dir, now, nil) }
+
+// Reload is Load for a directory that was read before, and a file that cannot be used takes no certificate away that
+// was read from it: that one is served on, with a warning. Certificates whose files were removed are gone.
+func Reload(dir string, now time.Time, before *Store) (*Store, []Problem) {
 	var r report
-	files := readAll(dir, list(dir, &r))
-	store := index(assemble(files, now, &r), now, &r)
+	l := list(dir, &r)
+	files := readAll(dir, l.paths)
+	certs := assemble(files, now, &r)
+	kept := before.spared(certs, l.paths, r)
+	certs = append(certs, kept...)
+	l.reportForeign(certs, &r)
+	store := index(certs, now, &r)
+	warnKept(kept, store.Served(now), &r)
 	warnOpenKeys(files, &r)
 	if store == nil && !slices.ContainsFunc(r, Problem.fatal) {
 		r.fail(place{file: dir}, "put NAME.crt and NAME.key into it; one level of subdirectories is read too",
 			"no certificate with its key: %d files *.pem, *.crt, *.cer, *.key were read", len(files))
 	}
-	return store, r.sorted()
+	return store, r.of(dir).sorted()
 }
 
-// list is the files below dir that may hold certificates or keys, in order of name.
-func list(dir string, r *report) []string {
+// listing is what a directory holds, in order of name.
+type listing struct {
+	paths   []string // of files that may hold certificates or keys
+	foreign []string // of files in formats that we do not read
+}
+
+func list(dir string, r *report) (l listing) {
 	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
 		r.fail(place{file: dir}, "write the directory that holds it", "is not a directory")
-		return nil
+		return l
 	}
-	return listLevel(dir, true, r)
+	l.add(dir, true, r)
+	return l
 }
 
-func listLevel(dir string, descend bool, r *report) (paths []string) {
+func (l *listing) add(dir string, descend bool, r *report) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		reportUnreadable(dir, err, r)
@@ -59,15 +74,14 @@ func listLevel(dir string, descend bool, r *report) (paths []string) {
 		case strings.HasPrefix(e.Name(), "."), e.Name() == "lost+found": // the latter is in every fresh volume
 		case isDir(path, e):
 			if descend {
-				paths = append(paths, listLevel(path, false, r)...)
+				l.add(path, false, r)
 			}
 		case holdsPEM(path):
-			paths = append(paths, path)
-		default:
-			reportForeign(path, r)
+			l.paths = append(l.paths, path)
+		case foreignByExtension[strings.ToLower(filepath.Ext(path))] != "":
+			l.foreign = append(l.foreign, path)
 		}
 	}
-	return paths
 }
 
 // isDir follows a link.
@@ -87,19 +101,28 @@ func holdsPEM(path string) bool {
 	return false
 }
 
-// reportForeign names a file that somebody meant to be served and that is in a format we do not read. Once it
-// has been converted, and the result is beside it, there is nothing to say.
-func reportForeign(path string, r *report) {
-	format, ok := foreignByExtension[strings.ToLower(filepath.Ext(path))]
-	if !ok {
-		return
+// reportForeign names files in formats that we do not read. Once such a file has been converted, and the result is
+// beside it, there is nothing to say. Where its directory has a certificate in PEM it is worth a warning only: tools
+// write the same certificate in several formats (cert-manager's keystores).
+func (l *listing) reportForeign(certs []*Certificate, r *report) {
+	served := make(map[string]bool)
+	for _, c := range certs {
+		served[filepath.Dir(c.CertFile)] = true
 	}
-	for _, pem := range []string{path + ".pem", stem(path) + ".pem"} {
-		if _, err := os.Stat(pem); err == nil {
-			return
+	for _, path := range l.foreign {
+		format, say := foreignByExtension[strings.ToLower(filepath.Ext(path))], r.fail
+		if served[filepath.Dir(path)] {
+			say = r.warn
+		}
+		if !exists(path+".pem") && !exists(stem(path)+".pem") {
+			say(place{file: path}, convert(format, path), "is %s, which is not read", format)
 		}
 	}
-	r.fail(place{file: path}, convert(format, path), "is %s, which is not read", format)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 // stem is a path without its extension.
@@ -127,7 +150,7 @@ func readFile(dir, path string) *file {
 	if name, err := filepath.Rel(dir, path); err == nil {
 		f.name = name
 	}
-	data, info, err := readBounded(path)
+	data, info, err := ReadFile(path, maxFile)
 	if err != nil {
 		f.broken = true
 		reportUnreadable(path, err, &f.problems)
@@ -139,45 +162,13 @@ func readFile(dir, path string) *file {
 	return f
 }
 
-var (
-	errNotRegular = errors.New("is not a regular file")
-	errTooLarge   = fmt.Errorf("is larger than %d KiB", maxFile>>10)
-)
-
-// readBounded looks at what it has opened, not at the name: between a stat and an open the file may change, and
-// the open of a pipe would wait for a writer.
-//
-//	openat(path, O_RDONLY|O_NONBLOCK) fstat read… close
-func readBounded(path string) ([]byte, fs.FileInfo, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	switch {
-	case err != nil:
-		return nil, nil, err
-	case !info.Mode().IsRegular():
-		return nil, nil, errNotRegular
-	case info.Size() > maxFile:
-		return nil, nil, errTooLarge
-	}
-	data := make([]byte, info.Size())
-	n, err := io.ReadFull(f, data) // a file that is growing is read as far as it was
-	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
-		return nil, nil, err
-	}
-	return data[:n], info, nil
-}
-
 func reportUnreadable(path string, err error, r *report) {
 	at := place{file: path}
 	info, statErr := os.Stat(path)
 	switch {
-	case errors.Is(err, errNotRegular):
+	case errors.Is(err, ErrNotRegular):
 		r.fail(at, "put a file or a link to a file there", "%v", err)
-	case errors.Is(err, errTooLarge):
+	case errors.Is(err, ErrTooLarge):
 		r.fail(at, "a chain and its key take a few KiB: give each certificate a file of its own", "%v", err)
 	case errors.Is(err, fs.ErrNotExist):
 		target, linkErr := os.Readlink(path)
@@ -197,10 +188,7 @@ func reportUnreadable(path string, err error, r *report) {
 		r.fail(at, "run: chmod a+x "+shell(filepath.Dir(path)),
 			"user %s (uid %d) may not enter the directory it is in", whoami(), os.Geteuid())
 	default:
-		if e, ok := errors.AsType[*fs.PathError](err); ok {
-			err = e.Err // without the path, which the problem has
-		}
-		r.fail(at, "", "cannot be read: %v", err)
+		r.fail(at, "", "cannot be read: %v", withoutPath(err))
 	}
 }
 

@@ -21,7 +21,7 @@ const soon = 21 * 24 * time.Hour
 // index makes the Store of certificates; nil if none serves anything.
 func index(certs []*Certificate, now time.Time, r *report) *Store {
 	b := &builder{now: now, report: r, number: numbered(certs), entries: make(map[string]*Entry), lost: make(map[[2]*Certificate]bool)}
-	s := &Store{exact: make(map[string]*Entry), wildcard: make(map[string]*Entry), addrs: make(map[netip.Addr]*Entry)}
+	s := &Store{certs: certs, exact: make(map[string]*Entry), wildcard: make(map[string]*Entry), addrs: make(map[netip.Addr]*Entry)}
 	names, addrs := make(map[string][]*Certificate), make(map[netip.Addr][]*Certificate)
 	for _, c := range certs {
 		for _, name := range c.Names {
@@ -112,7 +112,7 @@ func subset(some, all []*Certificate) bool {
 // that lies ready for later is not lost.
 func (b *builder) warnLost(name string, winner, loser *Certificate) {
 	pair := [2]*Certificate{winner, loser}
-	if winner == loser || b.lost[pair] || b.now.Before(loser.NotBefore) {
+	if winner == loser || b.lost[pair] || loser.Kept || b.now.Before(loser.NotBefore) {
 		return
 	}
 	b.lost[pair] = true

@@ -16,6 +16,7 @@ type Problem struct {
 	File    string // path of the file or directory
 	Line    int    // in File, from 1; 0 if it concerns the whole file
 	Warning bool   // the certificate is served all the same
+	Whole   bool   // it concerns the directory itself: nothing is read from it
 	Msg     string // what is wrong
 	Hint    string // what to do instead; may be empty
 }
@@ -57,6 +58,14 @@ func (r *report) fail(at place, hint, format string, args ...any) {
 
 func (r *report) warn(at place, hint, format string, args ...any) {
 	*r = append(*r, Problem{File: at.file, Line: at.line, Warning: true, Msg: fmt.Sprintf(format, args...), Hint: hint})
+}
+
+// of marks what concerns dir itself.
+func (r report) of(dir string) report {
+	for i := range r {
+		r[i].Whole = r[i].File == dir
+	}
+	return r
 }
 
 // sorted is by file and line, errors before warnings.

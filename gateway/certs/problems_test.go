@@ -55,7 +55,7 @@ var complaints = []struct {
 	{"a pipe", func(w *world) { w.pair(w.a); syscall.Mkfifo(filepath.Join(w.dir, "b.pem"), 0o600) },
 		[]string{`error DIR/b.pem: is not a regular file; put a file or a link to a file there`}, []string{"a.example = ECDSA P-256"}},
 	{"a file that is too large", func(w *world) { w.pair(w.a); w.put("b.pem", strings.Repeat("x", maxFile+1)) },
-		[]string{`error DIR/b.pem: is larger than 1024 KiB; a chain and its key take a few KiB: give each certificate a file of its own`}, []string{"a.example = ECDSA P-256"}},
+		[]string{`error DIR/b.pem: is too large: it has more than 1024 KiB; a chain and its key take a few KiB: give each certificate a file of its own`}, []string{"a.example = ECDSA P-256"}},
 
 	{"a certificate without its key", func(w *world) { w.put("a.crt", w.a.certPEM(), w.inter.certPEM()) },
 		[]string{`error DIR/a.crt:1: the certificate for a.example has no private key: none of the 0 keys here is for it; put its key beside it, as a.key`}, nil},
@@ -244,12 +244,12 @@ var complaints = []struct {
 	}, []string{
 		`error DIR/b0.cer: is a certificate in DER, not PEM; convert it with: openssl x509 -inform der -in DIR/b0.cer -out DIR/b0.cer.pem, and remove it`,
 		`error DIR/b1.key: is a private key in DER, not PEM; convert it with: openssl pkey -inform der -in DIR/b1.key -out DIR/b1.key.pem, and remove it`,
-		`error DIR/b2.p12: is PKCS#12, which is not read; convert it with: openssl pkcs12 -nodes -in DIR/b2.p12 -out DIR/b2.p12.pem, and remove it`,
+		`warning DIR/b2.p12: is PKCS#12, which is not read; convert it with: openssl pkcs12 -nodes -in DIR/b2.p12 -out DIR/b2.p12.pem, and remove it`,
 		`warning DIR/b3.pem:1: is a signing request, not a certificate; put the certificate here that its CA makes of it`,
 		`warning DIR/b3.pem:3: is a public key, which is not needed; put the private key here`,
 		`error DIR/b4.pem:1: private key is in OpenSSH's format; convert a copy with: ssh-keygen -p -m PEM -f DIR/b4.pem`,
 		`error DIR/b5.pem:1: is PKCS#7, which is not read; convert it with: openssl pkcs7 -print_certs -in DIR/b5.pem -out DIR/b5.pem.pem, and remove it`,
-		`error DIR/b6.jks: is a Java key store, which is not read; convert it with: keytool -importkeystore -srckeystore DIR/b6.jks -deststoretype pkcs12 -destkeystore DIR/b6.p12, and remove it`,
+		`warning DIR/b6.jks: is a Java key store, which is not read; convert it with: keytool -importkeystore -srckeystore DIR/b6.jks -deststoretype pkcs12 -destkeystore DIR/b6.p12, and remove it`,
 	}, []string{"a.example = ECDSA P-256"}},
 	{"a file name that speaks to the terminal", func(w *world) { w.pair(w.a); w.put("\x1b[2J.pem", "x") },
 		[]string{`error "DIR/\x1b[2J.pem": holds no PEM block; PEM begins with a line -----BEGIN CERTIFICATE----- or -----BEGIN PRIVATE KEY-----`}, []string{"a.example = ECDSA P-256"}},
@@ -316,7 +316,7 @@ func TestUnreadableFileSaysWhoMayNotReadIt(t *testing.T) {
 		syscall.RawSyscall(syscall.SYS_SETFSUID, 0, 0, 0)
 		os.Chmod(filepath.Join(dir, "sub"), 0o700)
 		syscall.RawSyscall(syscall.SYS_SETFSUID, 65534, 0, 0)
-		listLevel(filepath.Join(dir, "sub"), false, &r)
+		new(listing).add(filepath.Join(dir, "sub"), false, &r)
 		r = append(r, readFile(dir, filepath.Join(dir, "sub/a.key")).problems...)
 	}()
 	<-done
