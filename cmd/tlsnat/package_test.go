@@ -350,3 +350,39 @@ func TestExampleSettingsExist(t *testing.T) {
 		t.Errorf("%q: %v", environ, err)
 	}
 }
+
+// TestSettingsAreForRootAlone: the file may hold the admin's token. The README installs it so, and shows no way to check
+// it that puts what it holds into the arguments of a process, which every user can read.
+func TestSettingsAreForRootAlone(t *testing.T) {
+	text := strings.Join(blocks(t, "console"), "")
+	if m := regexp.MustCompile(`(?m)^\$ install -m (\d+) .*docs/tlsnat\.env`).FindStringSubmatch(text); m == nil || m[1] != "600" {
+		t.Errorf("installed as %v", m)
+	}
+	if strings.Contains(text, "env $(") {
+		t.Error("settings are arguments of env")
+	}
+	dir := t.TempDir()
+	settings, err := os.ReadFile(filepath.Join(root, "docs/tlsnat.env"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "tlsnat.env")
+	if err := os.WriteFile(file, []byte(strings.ReplaceAll(string(settings), "/etc/tlsnat/", dir+"/")+"TLSNAT_ADMIN_TOKEN=secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "edge.natmap"), []byte(":9443 -> 127.0.0.1:1 mode=tcp\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "certs"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	check := regexp.MustCompile(`(?m)^\$ (\(set -a; .*)$`).FindStringSubmatch(text)
+	if check == nil {
+		t.Fatal("no command that checks the settings")
+	}
+	line := strings.NewReplacer("/etc/tlsnat/", dir+"/", "runuser -u tlsnat -- tlsnat", tlsnat).Replace(check[1])
+	out, _ := exec.Command("sh", "-c", line).CombinedOutput()
+	if !strings.Contains(string(out), "certs: no certificate with its key") { // of all that it read nothing else is wrong
+		t.Errorf("%s: %s", line, out)
+	}
+}
