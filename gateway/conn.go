@@ -56,7 +56,8 @@ type conn struct {
 type socket struct {
 	owner    owner
 	fd       int32  // -1: none
-	gen      uint32 // tells its events from those of an earlier owner of the same number
+	gen      uint32 // tells its events from those of an earlier owner of the same slot; 0: it is not watched
+	slot     uint32 // in the loop's table
 	readable bool
 	writable bool
 	hup      bool       // the peer ended its stream: a short read does not mean "drained", the FIN is still to be read

@@ -527,7 +527,7 @@ func (c *conn) takeRival() {
 	d.rival, d.rivalServer = socket{fd: -1, owner: c}, nil
 	c.hangUp()
 	c.backend, c.server, d.server = rival, s, s
-	c.loop.socks[rival.fd] = &c.backend
+	c.loop.socks.replace(&c.backend)
 }
 
 func (c *conn) dropRival() {

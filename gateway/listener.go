@@ -20,6 +20,7 @@ type listener struct {
 	addr  netip.Addr // not valid: every address, IPv4 and IPv6
 	port  uint16
 	fd    int32
+	sock  socket // what the loop watches
 	gen   *generation
 	rules *portRules // of gen; what new connections get
 	name  string     // ":443", as the log calls it
@@ -228,7 +229,7 @@ func (ln *listener) rest(e unix.Errno) {
 	}
 	ln.backoff = min(max(2*ln.backoff, minRest), maxRest)
 	ln.paused = true
-	l.poll.remove(ln.fd)
+	l.unwatchListener(ln)
 	l.counters.acceptRests.Add(1)
 	if ownLack(e) {
 		l.gw.short(lackInAccept, e, ln.name)

@@ -22,8 +22,7 @@ type loop struct {
 	gw    *Gateway
 	poll  *poller
 
-	socks     []*socket // by descriptor
-	gens      uint32    // the last generation given to a socket
+	socks     sockets
 	conns     map[*conn]struct{}
 	listeners []*listener
 	wheel     wheel
@@ -132,45 +131,39 @@ func (l *loop) tick() { l.now = l.clock() }
 
 func (l *loop) clock() int64 { return int64(time.Since(l.gw.started)) }
 
-// dispatch hands an event to the owner of its socket. An event for a socket that was closed in this very round finds
-// another generation under the number, or nobody.
+// dispatch hands an event to the owner of its socket.
 func (l *loop) dispatch(ev *unix.EpollEvent) {
-	if int(ev.Fd) >= len(l.socks) {
-		return
-	}
-	if s := l.socks[ev.Fd]; s != nil && s.gen == uint32(ev.Pad) {
+	if s := l.socks.at(ev.Fd, uint32(ev.Pad)); s != nil {
 		s.owner.ready(s, ev.Events)
 	}
 }
 
 // watch puts a connection's socket under the loop's care.
 func (l *loop) watch(s *socket) error {
-	l.enlist(s)
-	if err := l.poll.add(s.fd, s.gen); err != nil {
-		l.socks[s.fd] = nil
+	l.socks.enlist(s)
+	if err := l.poll.add(s); err != nil {
+		l.socks.strike(s)
 		return err
 	}
 	return nil
 }
 
-func (l *loop) enlist(s *socket) {
-	for int(s.fd) >= len(l.socks) {
-		l.socks = append(l.socks, make([]*socket, max(64, len(l.socks)))...)
-	}
-	l.gens++
-	s.gen = l.gens
-	l.socks[s.fd] = s
-}
-
 func (l *loop) watchListener(ln *listener) error {
-	s := &socket{fd: ln.fd, owner: ln}
-	l.enlist(s)
-	return l.poll.addLevel(s.fd, s.gen)
+	ln.sock = socket{fd: ln.fd, owner: ln}
+	l.socks.enlist(&ln.sock)
+	if err := l.poll.addLevel(&ln.sock); err != nil {
+		l.socks.strike(&ln.sock)
+		return err
+	}
+	return nil
 }
 
+// unwatchListener takes a listener that may rest out of the loop's care.
 func (l *loop) unwatchListener(ln *listener) {
-	l.poll.remove(ln.fd)
-	l.socks[ln.fd] = nil
+	if ln.sock.gen != 0 {
+		l.poll.remove(ln.fd)
+		l.socks.strike(&ln.sock)
+	}
 }
 
 // closeSocket closes the descriptor, which takes it out of the epoll set as well.
@@ -178,9 +171,7 @@ func (l *loop) closeSocket(s *socket) {
 	if s.fd < 0 {
 		return
 	}
-	if int(s.fd) < len(l.socks) && l.socks[s.fd] == s {
-		l.socks[s.fd] = nil
-	}
+	l.socks.strike(s)
 	sysClose(s.fd)
 	if s.tls != nil {
 		s.tls.reader.Wipe()
