@@ -152,6 +152,7 @@ func newConn(l *loop, ln *listener, fd int32, peer netip.AddrPort) *conn {
 
 // ready is told by the loop that one of the sockets has news, and goes on with the story.
 func (c *conn) ready(s *socket, events uint32) {
+	defer c.rescue()
 	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		s.readable = true
 	}
@@ -198,6 +199,7 @@ func (c *conn) finish(o Outcome, why string) stage {
 	l := c.loop
 	l.wheel.clear(c)
 	c.stopSearch()
+	c.stage = over // so that a fault in what follows does not count it twice
 	l.closeSocket(&c.client)
 	l.closeSocket(&c.backend)
 	c.up.release(l)
@@ -214,7 +216,6 @@ func (c *conn) finish(o Outcome, why string) stage {
 	}
 	l.count(&c.report)
 	l.log(c)
-	c.stage = over
 	return over
 }
 

@@ -159,11 +159,13 @@ func (c *conn) encrypt() stage {
 }
 
 func (l *loop) startEncryption(c *conn) {
+	defer c.rescue()
+	hs := newEncrypter(c)
+	c.stage = encrypting
 	l.encrypting++
 	l.active.Add(1)
-	c.dial.hs = newEncrypter(c)
-	c.stage = encrypting
-	l.shakers.run(c.dial.hs)
+	c.dial.hs = hs
+	l.shakers.run(hs)
 }
 
 // awaitEncryption waits for the turn. The client may leave meanwhile.
@@ -288,9 +290,16 @@ func (h *encrypter) takeKeys() (*session, error) {
 
 // done is back on the loop: the handshake is over, one way or the other.
 func (h *encrypter) done() {
-	c := h.conn
-	l := c.loop
+	l := h.conn.loop
 	l.encrypting--
+	h.conn.encrypted(h)
+	l.startHandshakes()
+}
+
+// encrypted goes on behind the handshake with the backend.
+func (c *conn) encrypted(h *encrypter) {
+	defer c.rescue()
+	l := c.loop
 	c.dial.hs, h.conn = nil, nil
 	c.backend.readable = !h.wire.drained || len(h.wire.news) > 0 || c.backend.hup
 	c.backend.writable = true
@@ -309,7 +318,6 @@ func (h *encrypter) done() {
 		c.stage = c.nextBackend(why)
 		c.advance()
 	}
-	l.startHandshakes()
 }
 
 func (h *encrypter) handOver(c *conn) {

@@ -139,13 +139,15 @@ func (l *loop) startHandshakes() {
 }
 
 func (l *loop) startHandshake(c *conn) {
-	l.inFlight++
-	l.active.Add(1)
-	c.hs = c.route.profile.handshaker(l)
-	c.hs.begin(c)
+	defer c.rescue()
+	hs := c.route.profile.handshaker(l)
+	hs.begin(c)
 	c.stage = shakingHands
 	c.setDeadline(int64(l.gw.settings.HelloTimeout))
-	l.shakers.run(c.hs)
+	l.inFlight++
+	l.active.Add(1)
+	c.hs = hs
+	l.shakers.run(hs)
 }
 
 // handshakesWait says whether a turn that becomes free is wanted. It may be asked off the loop.
@@ -409,9 +411,16 @@ func (s *secrets) keys(state *tls.ConnectionState, w *wire) (client, server reco
 
 // done is back on the loop: the handshake is over, one way or the other.
 func (h *handshaker) done() {
-	c := h.conn
-	l := c.loop
+	l := h.conn.loop
 	l.inFlight--
+	h.conn.shook(h)
+	l.startHandshakes()
+}
+
+// shook goes on behind the handshake with the client.
+func (c *conn) shook(h *handshaker) {
+	defer c.rescue()
+	l := c.loop
 	c.hs = nil
 	err, state, sess, rest := h.err, h.state, h.session, h.wire.rest()
 	c.report.alertSent, c.report.alertReceived = h.wire.alert, h.wire.refusal
@@ -436,7 +445,6 @@ func (h *handshaker) done() {
 		c.stage = c.startConnect()
 		c.advance()
 	}
-	l.startHandshakes()
 }
 
 // forget wipes what must not stay, and makes the handshaker ready for the next connection.

@@ -183,6 +183,7 @@ func (l *loop) closeSocket(s *socket) {
 // begin starts the story of an accepted connection.
 func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 	c := newConn(l, ln, fd, peer)
+	defer c.rescue()
 	l.conns[c] = struct{}{}
 	l.counters.accepted.Add(1)
 	if ln.wide != nil && !c.enterWide(ln.wide) {
@@ -268,10 +269,21 @@ func (l *loop) runPosted() {
 	l.posted = l.ran
 	l.mu.Unlock()
 	for _, f := range fs {
-		f()
+		l.try(f)
 	}
 	clear(fs)
 	l.ran = fs[:0]
+}
+
+// try runs what was posted. A fault in what is about a connection ends that (rescue); any other must not end the loop,
+// which has all the others.
+func (l *loop) try(f func()) {
+	defer func() {
+		if p := recover(); p != nil {
+			l.gw.log.Error("a fault of tlsnat's; please report it", zap.Any("panic", p), zap.Stack("stack"))
+		}
+	}()
+	f()
 }
 
 // nextID numbers connections: the gateway's start in the upper half, so that numbers of two runs differ, the loop and

@@ -69,13 +69,9 @@ func (c *conn) story() stage {
 	return over
 }
 
-// advance goes on with the story until it has to wait. A fault of ours ends this connection, and no other.
+// advance goes on with the story until it has to wait.
 func (c *conn) advance() {
-	defer func() {
-		if p := recover(); p != nil {
-			c.crashed(p)
-		}
-	}()
+	defer c.rescue()
 	for {
 		next := c.story()
 		if next == c.stage {
@@ -85,20 +81,61 @@ func (c *conn) advance() {
 	}
 }
 
+// rescue ends the connection, and no other, whose story met a fault of ours. It is the one place that recovers on a loop:
+// whoever moves a connection on, from wherever, defers it.
+func (c *conn) rescue() {
+	if p := recover(); p != nil {
+		defer c.abandon()
+		c.crashed(p)
+	}
+}
+
 func (c *conn) crashed(p any) {
 	c.loop.gw.log.Error("a fault of tlsnat's; please report it", zap.Any("panic", p), zap.Stack("stack"),
 		zap.String("id", c.report.idText()), zap.String("stage", c.stage.String()))
-	if c.stage == over || c.stage == shakingHands || c.stage == encrypting {
+	if c.stage == over {
+		delete(c.loop.conns, c)
 		return
 	}
+	why := fmt.Sprint("panic: ", p)
+	c.report.told = false
+	c.tell(Internal, why)
 	abort(&c.client)
 	abort(&c.backend)
-	c.report.told = false
-	c.finish(Internal, fmt.Sprint("panic: ", p))
+	switch { // the goroutine of a handshake holds the descriptor
+	case c.hs != nil:
+		c.giveUpHandshake(why)
+	case c.dial != nil && c.dial.hs != nil:
+		c.giveUpEncryption(why)
+	default:
+		c.loop.queue.remove(c)
+		c.loop.encryptQueue.remove(c)
+		c.finish(Internal, why)
+	}
+}
+
+// abandon is for a connection that not even crashed could end: its sockets are closed, and nobody comes back to it.
+func (c *conn) abandon() {
+	if p := recover(); p == nil {
+		return
+	}
+	l := c.loop
+	delete(l.conns, c)
+	l.wheel.clear(c)
+	l.closeSocket(&c.client)
+	l.closeSocket(&c.backend)
+	if c.stage != over {
+		c.stage = over
+		l.counters.outcomes[Internal].Add(1)
+		if c.gen.open.Add(-1); c.counted {
+			l.gw.open.Add(-1)
+		}
+	}
 }
 
 // due is called when the conn's deadline has come.
 func (c *conn) due() {
+	defer c.rescue()
 	l := c.loop
 	switch {
 	case c.end != 0 && l.now >= c.end && c.stage < lingering && c.retired:
@@ -163,6 +200,7 @@ func (c *conn) silence() int64 {
 // cut ends a living connection from our side. Where it was quiet and everything is delivered both sides see an
 // ordinary end; in the middle of things they see a reset, so that half an answer isn't taken for a whole one.
 func (c *conn) cut(o Outcome, why string) {
+	defer c.rescue()
 	if c.stage == shakingHands {
 		c.tell(o, why)
 		c.giveUpHandshake(why)

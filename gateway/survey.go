@@ -46,7 +46,7 @@ func (s *survey) turns(yield func(struct{}) bool) {
 	n, began := 0, s.loop.clock()
 	for c := range s.loop.conns {
 		if c.stage != over {
-			s.see(c)
+			s.look(c)
 		}
 		if n++; n == glance || n%glimpse == 0 && s.loop.clock()-began > int64(glanceTime) {
 			if !yield(struct{}{}) {
@@ -55,6 +55,11 @@ func (s *survey) turns(yield func(struct{}) bool) {
 			n, began = 0, s.loop.clock()
 		}
 	}
+}
+
+func (s *survey) look(c *conn) {
+	defer c.rescue()
+	s.see(c)
 }
 
 func (s *survey) turn() {

@@ -103,18 +103,27 @@ func (l *loop) call() {
 // serveQueues lets those go on for whom there is room now.
 func (l *loop) serveQueues() {
 	l.called.Store(false)
-	for r, q := range l.queues {
-		for len(q.waiting) > 0 && q.waiting[0].worthTrying() {
-			c := q.pop()
-			l.left(r)
-			c.dial.until = l.now + int64(r.connect)
-			c.stage = c.search()
-			if c.stage == waitingForRoom {
-				break // somebody was quicker; it's at the front again
-			}
-			c.advance()
+	for _, q := range l.queues {
+		for len(q.waiting) > 0 && q.waiting[0].searchAgain(q) {
 		}
 	}
+}
+
+// searchAgain lets the first of a queue go on, if there may be room for it. It says whether the next one is worth a look.
+func (c *conn) searchAgain(q *turnQueue) (next bool) {
+	defer c.rescue()
+	if !c.worthTrying() {
+		return false
+	}
+	l, r := c.loop, c.route
+	q.pop()
+	l.left(r)
+	c.dial.until = l.now + int64(r.connect)
+	if c.stage = c.search(); c.stage == waitingForRoom {
+		return false // somebody was quicker; it's at the front again
+	}
+	c.advance()
+	return true
 }
 
 // worthTrying says whether a search would end otherwise than in the queue again: there is room, or nobody is left who
