@@ -62,6 +62,9 @@ func (c *conn) moveAtPace(f *flow, from, to *socket) int {
 	return n
 }
 
+// paced says whether what is to move next waits for its bandwidth: then the pacer goes on with it, and the silence is ours.
+func (c *conn) paced() bool { return c.up.pause == waiting || c.down.pause == waiting }
+
 // add has a stream woken when it is due (loop nanoseconds).
 func (p *pacer) add(w paused, due int64) {
 	tick := min(max(due>>paceShift, p.done)+1, p.done+paceSlots-1)
@@ -82,9 +85,7 @@ func (p *pacer) fire(now int64) {
 			(*slot)[i] = paused{}
 			p.n--
 			w.f.pause = woken
-			if w.c.stage == relaying {
-				w.c.advance()
-			}
+			w.c.advance() // whatever it does meanwhile; one that is over has nothing more to do
 		}
 		*slot = (*slot)[:0] // nothing was added to it meanwhile: add looks ahead, but never a whole round
 	}

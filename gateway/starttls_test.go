@@ -475,6 +475,30 @@ func TestMySQLLoginThatIsNone(t *testing.T) {
 	b.lineOf(t, c).expect(t, logLine{Outcome: "bad_hello", Stage: "login", TLS: "1.3"})
 }
 
+// TestMySQLLoginAtALowBandwidth: a login that takes longer than its bandwidth lets it comes to its end all the same.
+func TestMySQLLoginAtALowBandwidth(t *testing.T) {
+	const rest = 1500 // of a login, that comes in pieces
+	login := "\xdc\x05\x00\x02" + strings.Repeat("x", rest) // 0x5dc is 1500
+	backend := serve(t, func(c *net.TCPConn) {
+		_, _ = io.WriteString(c, mysqlGreeting)
+		if _, err := io.ReadFull(c, make([]byte, len(login))); err == nil {
+			_, _ = io.WriteString(c, "\x07\x00\x00\x02\x00\x00\x00\x02\x00\x00\x00")
+		}
+	})
+	b := start(t, ":{0} -> "+backend+" starttls=mysql cert=edge.test bandwidth=2KB/s idle=1s linger=1s")
+	c := b.dial(t, 0)
+	s := mysqlTLS(t, c)
+	for piece := range strings.SplitSeq(login[:1000]+"|"+login[1000:1300]+"|"+login[1300:], "|") {
+		if _, err := io.WriteString(s, piece); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * time.Millisecond) // a record a read
+	}
+	if got, err := io.ReadAll(s); err != nil || string(got) != "\x07\x00\x00\x03\x00\x00\x00\x02\x00\x00\x00" {
+		t.Errorf("the answer to the login is %q, %v", got, err)
+	}
+}
+
 // slapd runs a directory of one entry, and returns its address.
 func slapd(t testing.TB) string {
 	t.Helper()

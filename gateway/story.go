@@ -179,6 +179,8 @@ func (c *conn) idle() {
 	switch {
 	case c.settling() && quiet < limit:
 		c.advance()
+	case c.paced():
+		c.setDeadline(min(int64(parkAfter), limit))
 	case quiet >= limit:
 		c.cut(Idle, "nothing moved for "+time.Duration(limit).String())
 	case quiet >= int64(parkAfter):
