@@ -32,6 +32,7 @@ type generation struct {
 	drains   bool               // a rule of an earlier generation says drain=
 	gates    gates
 	open     atomic.Int64 // connections that run under it
+	left     atomic.Bool  // no listener serves it any more: open does not grow again
 
 	added, removed []string // rules, compared with the generation before
 

@@ -110,9 +110,9 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 	r.Added, r.Removed = difference(last.config.Map, gen.config.Map)
 	gen.added, gen.removed = r.Added, r.Removed
 	g.maxConns.Store(g.connectionLimit(o.layout))
+	g.reloads.retire(last)
 	g.current.Store(gen)
 	g.keeper.adopt(gen)
-	g.reloads.retire(last)
 	g.swap(gen, o)
 	if err := g.steer(o); err != nil { // as unlikely as it gets: it was loaded
 		r.Problems = append(r.Problems, "ports that are new in wide ranges are not served: "+err.Error())
@@ -122,6 +122,7 @@ func (g *Gateway) change(c *Config, r *Reloaded) error {
 	g.close(without(had.sockets(), slices.Concat(o.sockets(), moved)), lastCall)
 	g.close(moved, movedCall)
 	g.forgetBefore()
+	last.left.Store(true)
 	r.OK, r.Generation = true, gen.number
 	return nil
 }
@@ -373,19 +374,23 @@ func LogProblems(log *zap.Logger, problems []string) {
 	}
 }
 
-// retire keeps a generation that connections may still run under, and forgets those that none does.
+// retire keeps a generation that connections may run under, also those that its listeners accept yet.
 func (s *reloader) retire(gen *generation) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.old = slices.DeleteFunc(append(s.old, gen), func(gen *generation) bool { return gen.open.Load() == 0 })
+	s.old = append(slices.DeleteFunc(s.old, (*generation).gone), gen)
 }
 
-// living are the generations in use but the current one, the newest first.
-func (s *reloader) living() []*generation {
+// gone says whether no connection runs under it any more, and none ever will.
+func (gen *generation) gone() bool { return gen.left.Load() && gen.open.Load() == 0 }
+
+// living are the generations in use but the current one, the newest first. A reload may be about to replace that one, and
+// have it among the old ones already.
+func (s *reloader) living(current *generation) []*generation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.old = slices.DeleteFunc(s.old, func(gen *generation) bool { return gen.open.Load() == 0 })
-	all := slices.Clone(s.old)
+	s.old = slices.DeleteFunc(s.old, (*generation).gone)
+	all := slices.DeleteFunc(slices.Clone(s.old), func(gen *generation) bool { return gen == current || gen.open.Load() == 0 })
 	slices.Reverse(all)
 	return all
 }

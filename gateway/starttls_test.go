@@ -477,7 +477,7 @@ func TestMySQLLoginThatIsNone(t *testing.T) {
 
 // TestMySQLLoginAtALowBandwidth: a login that takes longer than its bandwidth lets it comes to its end all the same.
 func TestMySQLLoginAtALowBandwidth(t *testing.T) {
-	const rest = 1500 // of a login, that comes in pieces
+	const rest = 1500                                       // of a login, that comes in pieces
 	login := "\xdc\x05\x00\x02" + strings.Repeat("x", rest) // 0x5dc is 1500
 	backend := serve(t, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, mysqlGreeting)

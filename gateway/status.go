@@ -157,7 +157,7 @@ func (g *Gateway) Status() Status {
 		}
 	}
 	s.Listening = g.Listening()
-	s.Reloads.Since, s.Generations = gen.made, 1+len(g.reloads.living())
+	s.Reloads.Since, s.Generations = gen.made, 1+len(g.reloads.living(gen))
 	s.Reloads.Last, s.Reloads.OK, s.Reloads.Failed = g.LastReload()
 	for _, l := range g.loops {
 		n := &l.counters
@@ -447,7 +447,8 @@ type GenerationInfo struct {
 
 // Generations are the configurations that are in use, the newest first.
 func (g *Gateway) Generations(ctx context.Context) []GenerationInfo {
-	all := append([]*generation{g.current.Load()}, g.reloads.living()...)
+	current := g.current.Load()
+	all := append([]*generation{current}, g.reloads.living(current)...)
 	oldest := g.oldest(ctx)
 	infos := make([]GenerationInfo, len(all))
 	for i, gen := range all {
