@@ -5,7 +5,6 @@ package gateway
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"iter"
 	"net"
@@ -16,7 +15,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -31,6 +29,7 @@ type name struct {
 	// The keeper's, under its lock.
 	errand  *errand
 	failing bool
+	lacks   string // what was missing of its last answer
 }
 
 // lead is a machine that a name leads to: of an SRV record, or of the name itself all of its addresses together, since
@@ -40,10 +39,17 @@ type lead struct {
 	port     uint16       // of an SRV record; 0: the map has it
 	weight   int
 	priority uint16
+	target   string // of an SRV record
+	own      bool   // the hosts file says so, and no DNS server
 }
 
 func (l lead) equal(m lead) bool {
-	return slices.Equal(l.addrs, m.addrs) && l.port == m.port && l.weight == m.weight && l.priority == m.priority
+	return slices.Equal(l.addrs, m.addrs) && l.port == m.port && l.weight == m.weight && l.priority == m.priority && l.own == m.own
+}
+
+// compare orders them by priority, and then so that the order of the answer makes no difference.
+func (l lead) compare(m lead) int {
+	return cmp.Or(cmp.Compare(l.priority, m.priority), slices.CompareFunc(l.addrs, m.addrs, netip.Addr.Compare), cmp.Compare(l.port, m.port))
 }
 
 const (
@@ -53,159 +59,14 @@ const (
 	maxTTL = 5 * time.Minute
 	// What has no time to live (/etc/hosts), and what was not found.
 	otherTTL = 30 * time.Second
-	// A lookup is given up on after so long.
-	resolveTimeout = 5 * time.Second
+	// A lookup is given up on after so long: that is two attempts at each of three servers, which is as many as resolv.conf
+	// may have, and some more.
+	resolveTimeout = 20 * time.Second
+	// The start and a reload wait so long for names that lead nowhere yet.
+	firstLookups = 5 * time.Second
 	// Addresses of one name, and spots of one route: beyond that the rest is not used.
 	maxAddrs, maxSpots = 256, 4096
 )
-
-// lookup asks where the name leads, and for how long that holds.
-func (n *name) lookup(ctx context.Context, server string) ([]lead, time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
-	defer cancel()
-	note := &ttlNote{}
-	ctx = context.WithValue(ctx, ttlKey{}, note)
-	r := resolver(server)
-	leads, err := n.ask(ctx, r)
-	if err != nil {
-		return nil, otherTTL, plainer(err)
-	}
-	return leads, note.ttl(), nil
-}
-
-func (n *name) ask(ctx context.Context, r *net.Resolver) ([]lead, error) {
-	if !n.srv {
-		addrs, err := addrsOf(ctx, r, n.host)
-		return []lead{{addrs: addrs, weight: 1}}, err
-	}
-	_, records, err := r.LookupSRV(ctx, "", "", n.host)
-	if err != nil {
-		return nil, err
-	}
-	var leads []lead
-	for _, rec := range records[:min(len(records), maxAddrs)] {
-		addrs, addrErr := addrsOf(ctx, r, rec.Target)
-		if err = addrErr; err == nil {
-			leads = append(leads, lead{addrs, rec.Port, int(rec.Weight), rec.Priority})
-		}
-	}
-	if len(leads) > 0 { // some targets are better than none
-		err = nil
-	}
-	slices.SortFunc(leads, func(a, b lead) int {
-		return cmp.Or(cmp.Compare(a.priority, b.priority), slices.CompareFunc(a.addrs, b.addrs, netip.Addr.Compare), cmp.Compare(a.port, b.port))
-	})
-	return leads, err
-}
-
-func addrsOf(ctx context.Context, r *net.Resolver, host string) ([]netip.Addr, error) {
-	addrs, err := r.LookupNetIP(ctx, "ip", host)
-	if err != nil {
-		return nil, err
-	}
-	for i := range addrs {
-		addrs[i] = addrs[i].Unmap()
-	}
-	slices.SortFunc(addrs, netip.Addr.Compare)
-	addrs = slices.Compact(addrs)
-	return addrs[:min(len(addrs), maxAddrs)], nil
-}
-
-// plainer is an error of a lookup without the name, which the message has already.
-func plainer(err error) error {
-	var e *net.DNSError
-	switch {
-	case errors.As(err, &e) && e.IsNotFound:
-		return errors.New("there is no such name")
-	case errors.As(err, &e) && e.IsTimeout:
-		return errors.New("no DNS server answered in time")
-	case errors.As(err, &e):
-		return errors.New(e.Err)
-	}
-	return err
-}
-
-// resolver is Go's own, with all that resolv.conf and hosts say, but that it shows the answers that it gets: package net
-// keeps their time to live to itself. server, where one is set, is asked instead of those in resolv.conf.
-func resolver(server string) *net.Resolver {
-	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
-		var d net.Dialer
-		c, err := d.DialContext(ctx, network, cmp.Or(server, address))
-		note, _ := ctx.Value(ttlKey{}).(*ttlNote)
-		switch c := c.(type) {
-		case *net.UDPConn:
-			return &packetEar{c, note}, err
-		case *net.TCPConn:
-			return &streamEar{TCPConn: c, note: note}, err
-		}
-		return c, err
-	}}
-}
-
-type ttlKey struct{}
-
-// ttlNote is the least time to live of all records of a lookup's answers.
-type ttlNote struct {
-	mu    sync.Mutex
-	least uint32 // seconds
-	heard bool
-}
-
-// hear reads a message. One that makes no sense is not for us to complain about.
-func (t *ttlNote) hear(message []byte) {
-	var p dnsmessage.Parser
-	h, err := p.Start(message)
-	if t == nil || err != nil || !h.Response || p.SkipAllQuestions() != nil {
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for {
-		rr, err := p.AnswerHeader()
-		if err != nil || p.SkipAnswer() != nil {
-			return
-		}
-		if !t.heard || rr.TTL < t.least {
-			t.least, t.heard = rr.TTL, true
-		}
-	}
-}
-
-func (t *ttlNote) ttl() time.Duration {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if !t.heard {
-		return otherTTL
-	}
-	return min(max(time.Duration(t.least)*time.Second, minTTL), maxTTL)
-}
-
-// packetEar and streamEar listen to what the resolver reads.
-type packetEar struct {
-	*net.UDPConn
-	note *ttlNote
-}
-
-func (c *packetEar) Read(p []byte) (int, error) {
-	n, err := c.UDPConn.Read(p)
-	c.note.hear(p[:max(n, 0)])
-	return n, err
-}
-
-type streamEar struct {
-	*net.TCPConn
-	note *ttlNote
-	size int // bytes read so far: the first two are the length of the message (RFC 1035, section 4.2.2)
-}
-
-func (c *streamEar) Read(p []byte) (int, error) {
-	n, err := c.TCPConn.Read(p)
-	if c.size == 2 {
-		c.note.hear(p[:max(n, 0)]) // the resolver asks for the rest at once; what doesn't come at once has no say
-	}
-	c.size += max(n, 0)
-	return n, err
-}
 
 // name is the one for a host; it is made if there is none.
 func (k *keeper) name(host string, srv bool) *name {
@@ -224,10 +85,10 @@ func (k *keeper) name(host string, srv bool) *name {
 }
 
 // resolve looks up the names that lead nowhere yet, and returns what is wrong with those that still do not. Names that
-// were found before have their own time. All together get the time of one: a reload does not wait for DNS servers that are
+// were found before have their own time. All together get firstLookups: a reload does not wait for DNS servers that are
 // away, and the keeper asks for the rest.
 func (gen *generation) resolve(ctx context.Context) (problems []string) {
-	ctx, cancel := context.WithTimeout(ctx, resolveTimeout)
+	ctx, cancel := context.WithTimeout(ctx, firstLookups)
 	defer cancel()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -239,14 +100,14 @@ func (gen *generation) resolve(ctx context.Context) (problems []string) {
 		wg.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			leads, _, err := n.lookup(ctx, gen.config.Settings.Resolver)
+			a, err := n.lookup(ctx, gen.config.Settings.Resolver)
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
-				problems = append(problems, fmt.Sprintf("look up backend %s: %v", n.host, err))
+				problems = append(problems, fmt.Sprintf("look up backend %s: %s", n.host, inWords(err)))
 				return
 			}
-			n.leads.Store(&leads) // the routes choose again when the keeper adopts them
+			n.leads.Store(&a.leads) // the routes choose again when the keeper adopts them
 		})
 	}
 	wg.Wait()
@@ -261,35 +122,50 @@ func (k *keeper) follow(gen *generation) {
 			r.choose() // the name may lead elsewhere since the generation was made
 		}
 		if n.errand == nil {
-			n.errand = k.errands.start(jittered(minTTL), func(e *errand) time.Duration { return k.lookUp(e, n) })
+			soon := minTTL
+			if n.leads.Load() == nil {
+				soon = minPause
+			}
+			n.errand = k.errands.start(jittered(soon), func(e *errand) time.Duration { return k.lookUp(e, n) })
 		}
 	}
 }
 
 // lookUp looks a name up again, and says when the next time is.
 func (k *keeper) lookUp(e *errand, n *name) time.Duration {
-	leads, ttl, err := n.lookup(e.ctx, k.gw.settings.Resolver)
+	a, err := n.lookup(e.ctx, k.gw.settings.Resolver)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch before := n.leads.Load(); {
 	case e.stopped():
 		return never
+	case ownLack(err):
+		k.gw.short(lackInLookup, err, n.host)
+		return jittered(lackPause)
 	case err != nil:
-		if !n.failing {
-			where := ": it leads where it led before"
-			if before == nil {
-				where = ": it leads nowhere yet"
-			}
-			k.gw.log.Warn("look up backend "+n.host+where, zap.Error(err))
-		}
-		n.failing = true
-		return jittered(ttl)
-	case before == nil || !slices.EqualFunc(*before, leads, lead.equal):
-		n.leads.Store(&leads)
+		return k.notFound(n, err)
+	case before == nil || !slices.EqualFunc(*before, a.leads, lead.equal):
+		n.leads.Store(&a.leads)
 		k.moved(n, before != nil)
 	}
-	n.failing = false
-	return jittered(ttl)
+	if a.lacks != n.lacks && a.lacks != "" {
+		k.gw.log.Warn("look up backend "+n.host+": the rest leads where it led before", zap.String("error", a.lacks))
+	}
+	n.failing, n.lacks = false, a.lacks
+	return jittered(a.ttl)
+}
+
+// notFound is told of a lookup that failed, and says when the next one is. The keeper's lock is held.
+func (k *keeper) notFound(n *name, err error) time.Duration {
+	where, again := ": it leads where it led before", otherTTL
+	if n.leads.Load() == nil {
+		where, again = ": it leads nowhere yet", minTTL
+	}
+	if !n.failing {
+		k.gw.log.Warn("look up backend "+n.host+where, zap.Error(err))
+	}
+	n.failing = true
+	return jittered(again)
 }
 
 // moved makes the choices of the routes anew that have a name, and looks after the servers that are new, not after those
