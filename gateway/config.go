@@ -90,6 +90,7 @@ func readConfig(s Settings, before *Config) (*Config, Problems) {
 	if c.Map != nil {
 		problems = append(problems, c.readBackendCAs()...)
 		problems = append(problems, c.checkRules()...)
+		problems = append(problems, c.checkCoalescing()...)
 		problems = append(problems, c.readLists()...)
 		problems = append(problems, c.checkTransparent()...)
 		problems = append(problems, c.checkTLVs()...)
@@ -340,10 +341,7 @@ func (c *Config) checkRules() (problems Problems) {
 			say(false, "the rule terminates TLS and needs a certificate; set %sCERTS to the directory that holds it, or write mode=pass", Prefix)
 			continue
 		}
-		if suffix, ok := strings.CutPrefix(name, "*."); ok {
-			name = "any-name." + suffix
-		}
-		if name != "" && c.Certs.ForName(name) == nil {
+		if name != "" && c.Certs.ForName(anyName(name)) == nil {
 			say(true, "%s, clients that ask for it are refused; %s", c.noneIsFor(r.Name), c.remedy(r))
 		}
 		if cert := r.Options.Cert; cert != "" && c.Certs.ForName(cert) == nil {

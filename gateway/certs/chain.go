@@ -37,7 +37,7 @@ type pairing struct {
 	cas       map[string][]*cert // CA certificates of all files, by subject
 	links     map[[2]*x509.Certificate]link
 	used      map[*cert]bool             // goes out with some leaf of the same file
-	expired   map[*x509.Certificate]bool // intermediates that have been named
+	judged    map[*x509.Certificate]bool // intermediates that have been looked at
 	certified map[string]bool            // public keys that stand in a certificate
 	issuing   map[string]bool            // names of issuers: an old root may lack the mark of a CA
 	now       time.Time
@@ -57,7 +57,7 @@ func newPairing(files []*file, now time.Time, r *report) *pairing {
 		cas:       make(map[string][]*cert),
 		links:     make(map[[2]*x509.Certificate]link),
 		used:      make(map[*cert]bool),
-		expired:   make(map[*x509.Certificate]bool),
+		judged:    make(map[*x509.Certificate]bool),
 		certified: make(map[string]bool),
 		issuing:   make(map[string]bool),
 	}
@@ -138,7 +138,7 @@ func (p *pairing) certificate(places []*cert) *Certificate {
 	if !p.names(c, leaf) {
 		return nil
 	}
-	p.warnPurpose(leaf)
+	p.warnUnfit(leaf, chain)
 	p.warnIntermediates(chain[1:])
 	return c
 }
@@ -404,23 +404,29 @@ func notHost(r rune) bool {
 }
 
 func (p *pairing) warnPurpose(leaf *cert) {
-	if len(leaf.ExtKeyUsage)+len(leaf.UnknownExtKeyUsage) == 0 {
-		return
+	if !forServers(leaf.Certificate) {
+		p.warn(leaf.at(), "ask for one with the extended key usage serverAuth", "is not for servers: clients refuse it")
 	}
-	for _, usage := range leaf.ExtKeyUsage {
-		if usage == x509.ExtKeyUsageServerAuth || usage == x509.ExtKeyUsageAny {
-			return
-		}
-	}
-	p.warn(leaf.at(), "ask for one with the extended key usage serverAuth", "is not for servers: clients refuse it")
 }
 
-// warnIntermediates names an expired intermediate once, however many leaves it signed.
+// warnIntermediates names an intermediate that clients refuse, or soon will, once, however many leaves it signed.
 func (p *pairing) warnIntermediates(chain []*cert) {
 	for _, c := range chain {
-		if p.now.After(c.NotAfter) && !p.expired[c.Certificate] {
-			p.expired[c.Certificate] = true
-			p.warn(c.at(), "put the CA's new one there", "the intermediate %.80q expired %s", commonName(c.Subject), day(c.NotAfter))
+		if selfIssued(c.Certificate) || p.judged[c.Certificate] {
+			continue
+		}
+		p.judged[c.Certificate] = true
+		name := commonName(c.Subject)
+		switch left := c.NotAfter.Sub(p.now); {
+		case left < 0:
+			p.warn(c.at(), "put the CA's new one there", "the intermediate %.80q expired %s", name, day(c.NotAfter))
+		case left < soon:
+			p.warn(c.at(), "put the CA's new one there", "the intermediate %.80q expires %s, %s", name, in(left), day(c.NotAfter))
+		case p.now.Before(c.NotBefore):
+			p.warn(c.at(), "check the clock of this machine", "the intermediate %.80q is not valid before %s", name, day(c.NotBefore))
+		}
+		if !forServers(c.Certificate) {
+			p.warn(c.at(), "ask the CA for one with the extended key usage serverAuth", "the intermediate %.80q is not for servers: clients refuse what it signed", name)
 		}
 	}
 }

@@ -20,7 +20,7 @@ const soon = 21 * 24 * time.Hour
 
 // index makes the Store of certificates; nil if none serves anything.
 func index(certs []*Certificate, now time.Time, r *report) *Store {
-	b := &builder{now: now, report: r, number: numbered(certs), entries: make(map[string]*Entry), lost: make(map[[2]*Certificate]bool)}
+	b := &builder{now: now, report: r, number: numbered(certs), entries: make(map[string]*Entry), lost: make(map[[2]*Certificate]bool), odd: make(map[*Certificate]bool)}
 	s := &Store{certs: certs, exact: make(map[string]*Entry), wildcard: make(map[string]*Entry), addrs: make(map[netip.Addr]*Entry)}
 	names, addrs := make(map[string][]*Certificate), make(map[netip.Addr][]*Certificate)
 	for _, c := range certs {
@@ -76,6 +76,7 @@ type builder struct {
 	number  map[*Certificate]int
 	order   []*Entry
 	lost    map[[2]*Certificate]bool // winner and loser that have been named
+	odd     map[*Certificate]bool    // have been looked at for browsers
 	now     time.Time
 	*report
 }
@@ -136,6 +137,10 @@ func (b *builder) warnTimes() {
 				seen[c] = true
 				b.warnTime(c, bestOf(e.all, c.NotAfter.Unix())[c.kind])
 			}
+		}
+		if served := e.Served(b.now); len(served) == 1 && !b.odd[served[0]] {
+			b.odd[served[0]] = true
+			b.warnBrowsers(served[0])
 		}
 	}
 }

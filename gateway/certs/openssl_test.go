@@ -32,6 +32,7 @@ func TestKeysOfOpensslLoad(t *testing.T) {
 			dir := t.TempDir()
 			opensslPair(t, dir, c.make)
 			s, problems := Load(dir, time.Now())
+			problems = slices.DeleteFunc(problems, func(p Problem) bool { return strings.Contains(p.Msg, "not take") }) // browsers, some types
 			if got := serves(s); len(problems) > 0 || !slices.Equal(got, []string{"a.example = " + c.want}) {
 				t.Errorf("serves %q, problems %q", got, messages(dir, problems))
 			}

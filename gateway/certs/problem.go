@@ -73,7 +73,12 @@ func (r report) sorted() []Problem {
 	slices.SortStableFunc(r, func(a, b Problem) int {
 		return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(rank(a), rank(b)))
 	})
-	return r
+	said := make(map[Problem]bool, len(r))
+	return slices.DeleteFunc(r, func(p Problem) bool { // two ways may lead to the same complaint
+		again := said[p]
+		said[p] = true
+		return again
+	})
 }
 
 func rank(p Problem) int {
