@@ -112,7 +112,7 @@ func mapSources(s *Settings) (sources []natmap.Source, problems Problems) {
 		return nil, Problems{{Text: fmt.Sprintf("%sMAP_FILE=%s: %v; write the path of a file with rules, or of a directory with *.natmap files", Prefix, s.MapFile, reason(err))}}
 	}
 	for _, f := range files {
-		text, err := readBounded(f, natmap.MaxText)
+		text, err := readMap(f)
 		if err != nil {
 			problems = append(problems, Problem{Text: fmt.Sprintf("%s: %v; %s", f, reason(err), readable(err))})
 			continue
@@ -152,6 +152,8 @@ func readable(err error) string {
 		return "put a file or a link to a file there"
 	case errors.Is(err, certs.ErrTooLarge):
 		return "write less into one file"
+	case errors.Is(err, errUTF16):
+		return "save it in UTF-8, or convert it with iconv -f UTF-16 -t UTF-8"
 	case errors.Is(err, fs.ErrNotExist):
 		return "renew the link or remove it"
 	}
@@ -167,10 +169,26 @@ func reason(err error) error {
 	return err
 }
 
-// readBounded reads a regular file, and does not wait for anything.
-func readBounded(path string, limit int64) (string, error) {
+// errUTF16 is about files from PowerShell.
+var errUTF16 = errors.New("is text in UTF-16")
+
+// readText reads a regular file of text in UTF-8, with lines of whatever system, and does not wait for anything.
+func readText(path string, limit int64) ([]byte, error) {
 	b, _, err := certs.ReadFile(path, limit)
-	return string(b), err
+	switch {
+	case err != nil:
+		return nil, err
+	case certs.UTF16(b):
+		return nil, errUTF16
+	}
+	certs.UnixLines(b)
+	return b, nil
+}
+
+// readMap also leaves out byte order marks in the middle, of files that were put together.
+func readMap(path string) (string, error) {
+	b, err := readText(path, natmap.MaxText)
+	return strings.ReplaceAll(string(b), "\n\ufeff", "\n"), err
 }
 
 func mapProblems(err error) (problems Problems) {

@@ -133,11 +133,11 @@ func (c *Config) entries(m natmap.Member, key string, at natmap.Pos) ([]gate.Ent
 
 // readList reads a file. at is who asked for it.
 func readList(path, at string) (entries []gate.Entry, problems Problems) {
-	text, err := readBounded(path, gate.MaxListText)
+	text, err := readText(path, gate.MaxListText)
 	if err != nil {
 		return nil, Problems{{Text: fmt.Sprintf("%s: %s: %v; %s", at, path, reason(err), readable(err))}}
 	}
-	entries, complaints := gate.ReadList(path, text, false)
+	entries, complaints := gate.ReadList(path, string(text), false)
 	for _, x := range complaints {
 		problems = append(problems, Problem{Text: fmt.Sprintf("%s:%d:%d: %s; %s", path, x.Line, x.Col, x.Msg, x.Hint)})
 	}

@@ -235,3 +235,31 @@ func TestPipesAreNotWaitedFor(t *testing.T) {
 		}
 	}
 }
+
+// TestMapsAndListsFromWindows: UTF-16 is called by its name; marks and line ends of other systems are no matter.
+func TestMapsAndListsFromWindows(t *testing.T) {
+	const text = ":9443 -> 127.0.0.1:1 mode=tcp\n:9444 -> 127.0.0.1:1 mode=tcp\n"
+	wide := []byte{0xff, 0xfe}
+	for _, b := range []byte(text) {
+		wide = append(wide, b, 0)
+	}
+	for _, c := range []struct {
+		name, content string
+		rules         int
+	}{
+		{"UTF-16", string(wide), 0},
+		{"UTF-16 without a mark", string(wide[2:]), 0},
+		{"carriage returns", strings.ReplaceAll(text, "\n", "\r"), 2},
+		{"both", strings.ReplaceAll(text, "\n", "\r\n"), 2},
+		{"a mark at the start and in the middle", "\ufeff" + strings.ReplaceAll(text, "\n:", "\n\ufeff:"), 2},
+	} {
+		s, err := gateway.ReadSettings([]string{"TLSNAT_MAP_FILE=" + writeFile(t, "edge.natmap", []byte(c.content)), "TLSNAT_ADMIN=off"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		config, problems := gateway.ReadConfig(s)
+		if c.rules == 0 && !strings.Contains(problems.String(), "is text in UTF-16") || c.rules > 0 && (config == nil || len(config.Map.Rules) != c.rules) {
+			t.Errorf("%s: %v", c.name, problems)
+		}
+	}
+}

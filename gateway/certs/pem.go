@@ -15,6 +15,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io/fs"
+	"path/filepath"
 	"strings"
 )
 
@@ -64,7 +65,12 @@ func (f *file) warn(line int, hint, format string, args ...any) {
 
 // parse takes every PEM block of the file. Text between blocks is a comment, as openssl writes it.
 func (f *file) parse(data []byte) {
-	data = bytes.TrimPrefix(data, []byte("\xef\xbb\xbf")) // a byte order mark, from editors on Windows
+	if UTF16(data) {
+		f.fail(0, "convert it with: iconv -f UTF-16 -t ASCII "+shell(f.path)+" > "+shell(stem(f.path)+"-ascii"+filepath.Ext(f.path))+", and remove it",
+			"is text in UTF-16, as PowerShell writes it, not PEM")
+		return
+	}
+	UnixLines(data)
 	switch found := f.scan(data); {
 	case found:
 	case len(bytes.TrimSpace(data)) == 0:
@@ -78,6 +84,32 @@ func (f *file) parse(data []byte) {
 	}
 }
 
+// UTF16 says whether data is text in UTF-16, with a byte order mark or without it: every other byte of ASCII is zero.
+func UTF16(data []byte) bool {
+	if bytes.HasPrefix(data, []byte{0xff, 0xfe}) || bytes.HasPrefix(data, []byte{0xfe, 0xff}) {
+		return true
+	}
+	if len(data) < 4 {
+		return false
+	}
+	return data[0] == 0 && data[2] == 0 && data[1] != 0 && data[3] != 0 || data[1] == 0 && data[3] == 0 && data[0] != 0 && data[2] != 0
+}
+
+// UnixLines makes line feeds of carriage returns, where they end the lines alone.
+func UnixLines(data []byte) {
+	if bytes.IndexByte(data, '\n') >= 0 {
+		return
+	}
+	for i := range data {
+		if data[i] == '\r' {
+			data[i] = '\n'
+		}
+	}
+}
+
+// byteOrderMark begins a file of an editor on Windows, and stands in the middle when files were put together.
+var byteOrderMark = []byte("\xef\xbb\xbf")
+
 // scan cuts the data into PEM blocks and reports whether there was any, whole or broken. pem.Decode would skip a
 // broken block without a word; cut out first, each either decodes or is reported with its line.
 func (f *file) scan(data []byte) (found bool) {
@@ -87,6 +119,7 @@ func (f *file) scan(data []byte) (found bool) {
 		if i := bytes.IndexByte(data[offset:], '\n'); i >= 0 {
 			end = offset + i + 1
 		}
+		offset += len(data[offset:end]) - len(bytes.TrimPrefix(data[offset:end], byteOrderMark))
 		text := data[offset:end]
 		switch {
 		case bytes.HasPrefix(text, []byte("-----BEGIN ")):
@@ -95,12 +128,20 @@ func (f *file) scan(data []byte) (found bool) {
 			}
 			found, begin, beginLine = true, offset, line
 		case bytes.HasPrefix(text, []byte("-----END ")):
+			next := bytes.Index(text, []byte("-----BEGIN "))
+			if next > 0 {
+				end = offset + next // the rest of the line is looked at as a line of its own
+			}
 			if begin < 0 {
 				f.fail(line, "copy the whole block", "PEM block has an END line but no BEGIN line")
 			} else {
-				f.decode(data[begin:end], beginLine)
+				f.decode(bytes.TrimSuffix(data[begin:end], byteOrderMark), beginLine)
 			}
 			found, begin = true, -1
+			if next > 0 {
+				f.warn(line, "put a line break between them", "the END line of a PEM block and the BEGIN line of the next one are one line")
+				line--
+			}
 		case bytes.HasPrefix(bytes.TrimLeft(text, " \t"), []byte("-----BEGIN ")):
 			f.fail(line, "remove the blanks before each line", "PEM block is indented")
 			found = true

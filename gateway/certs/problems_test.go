@@ -251,6 +251,33 @@ var complaints = []struct {
 		`error DIR/b5.pem:1: is PKCS#7, which is not read; convert it with: openssl pkcs7 -print_certs -in DIR/b5.pem -out DIR/b5.pem.pem, and remove it`,
 		`warning DIR/b6.jks: is a Java key store, which is not read; convert it with: keytool -importkeystore -srckeystore DIR/b6.jks -deststoretype pkcs12 -destkeystore DIR/b6.p12, and remove it`,
 	}, []string{"a.example = ECDSA P-256"}},
+	{"files from Windows", func(w *world) {
+		w.pair(w.a)
+		wide := func(s string) string {
+			var b strings.Builder
+			for _, c := range []byte(s) {
+				b.Write([]byte{c, 0})
+			}
+			return b.String()
+		}
+		b := func(name string) (cert, key string) {
+			id := issue(w.T, w.inter, ask{names: []string{name}, key: edKey(w.T)})
+			return id.certPEM(), id.keyPEM(w.T)
+		}
+		c1, k1 := b("b1.example")
+		w.put("b1.pem", "\xff\xfe", wide(c1+k1))
+		w.put("b2.pem", wide(c1+k1))
+		ec := leaf(w.T, w.inter, "b3.example")
+		w.put("b3.pem", strings.TrimSpace(ec.certPEM()), ec.keyPEM(w.T))
+		ec = leaf(w.T, w.inter, "b4.example")
+		w.put("b4.pem", "\ufeff", ec.certPEM(), "\ufeff", ec.keyPEM(w.T))
+		ec = leaf(w.T, w.inter, "b5.example")
+		w.put("b5.pem", strings.ReplaceAll(ec.certPEM()+ec.keyPEM(w.T), "\n", "\r"))
+	}, []string{
+		`error DIR/b1.pem: is text in UTF-16, as PowerShell writes it, not PEM; convert it with: iconv -f UTF-16 -t ASCII DIR/b1.pem > DIR/b1-ascii.pem, and remove it`,
+		`error DIR/b2.pem: is text in UTF-16, as PowerShell writes it, not PEM; convert it with: iconv -f UTF-16 -t ASCII DIR/b2.pem > DIR/b2-ascii.pem, and remove it`,
+		`warning DIR/b3.pem:10: the END line of a PEM block and the BEGIN line of the next one are one line; put a line break between them`,
+	}, []string{"a.example = ECDSA P-256", "b3.example = ECDSA P-256", "b4.example = ECDSA P-256", "b5.example = ECDSA P-256"}},
 	{"a file name that speaks to the terminal", func(w *world) { w.pair(w.a); w.put("\x1b[2J.pem", "x") },
 		[]string{`error "DIR/\x1b[2J.pem": holds no PEM block; PEM begins with a line -----BEGIN CERTIFICATE----- or -----BEGIN PRIVATE KEY-----`}, []string{"a.example = ECDSA P-256"}},
 }
