@@ -45,9 +45,13 @@ import (
 // The strings and the arrays are copies, never parts of the bytes parsed.
 type Hello struct {
 	// ServerName is the host name exactly as sent, "" if none was (RFC 6066,
-	// section 3). Its case and its bytes are the client's choice; only a dot at
-	// the end is refused.
+	// section 3). Its case, its bytes and its length are the client's choice:
+	// [Hello.HostName] is what may be looked up, logged and passed on.
 	ServerName string
+
+	// RootDot is where the dot at the end of ServerName stands in the bytes given
+	// to Parse, 0 if there is none. RFC 6066 forbids it, browsers send it.
+	RootDot int
 
 	// ALPN has the protocols in the client's order of preference (RFC 7301).
 	ALPN []string
@@ -284,8 +288,9 @@ func (h *Hello) decodeExtension(id uint16, data wire) (reason string) {
 	return reason
 }
 
-// serverName reads RFC 6066, section 3: at most one host name (type 0), never
-// with the root's dot; names of other types are passed over.
+// serverName reads RFC 6066, section 3: at most one host name (type 0); names of
+// other types are passed over. The root's dot is noted in RootDot as the
+// capacity that is left: see wire.
 func (h *Hello) serverName(d *wire) (reason string) {
 	list, ok := d.vec16()
 	if reason := nonEmpty(list, ok); reason != "" {
@@ -306,8 +311,8 @@ func (h *Hello) serverName(d *wire) (reason string) {
 		if h.ServerName = h.formerName; h.ServerName != string(name) {
 			h.ServerName = string(name)
 		}
-		if name[len(name)-1] == '.' {
-			return "ends in a dot"
+		if last := name[len(name)-1:]; last[0] == '.' {
+			h.RootDot = cap(last)
 		}
 	}
 	return ""

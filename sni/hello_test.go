@@ -187,7 +187,6 @@ func TestMalformedHelloNamesTheField(t *testing.T) {
 		{"server_name", isEmpty, []extension{{extServerName, vec16("")}}},
 		{"server_name", "holds a name that is empty", []extension{host("")}},
 		{"server_name", "holds a name that is cut short", []extension{{extServerName, vec16("\x00\x00\x09a")}}},
-		{"server_name", "ends in a dot", []extension{host("a.example.")}},
 		{"server_name", "holds two host names", []extension{{extServerName, vec16("\x00" + vec16("a") + "\x00" + vec16("b"))}}},
 		{"server_name", leftOver, []extension{{extServerName, host("a").data + "x"}}},
 		{"server_name", "comes a second time", []extension{host("a"), host("a")}},

@@ -63,8 +63,9 @@ const MaxLen = (recordHeaderLen + 1) * (messageHeaderLen + maxHello)
 // Parser follows a ClientHello while its bytes arrive. The zero value is ready.
 // It is 20 bytes and holds no buffer, for it sits in every half-open connection.
 //
-// It agrees with crypto/tls on what a ClientHello is. It is stricter with the
-// records around it, as OpenSSL is: a record's major version must be 3, and no
+// It agrees with crypto/tls on what a ClientHello is, but for the dot at the end
+// of a name, which it takes, as OpenSSL does. It is stricter with the records
+// around the hello, as OpenSSL is: a record's major version must be 3, and no
 // warning alert may come before or amid the hello.
 //
 // The hello may be split over any number of records and any number of calls.
@@ -223,7 +224,11 @@ func (p *Parser) finish(b []byte, h *Hello) error {
 	} else {
 		message = p.join(b)
 	}
-	if err := h.decode(message); err != nil {
+	err := h.decode(message)
+	if h.RootDot > 0 {
+		h.RootDot = p.locate(b, cap(message)-h.RootDot)
+	}
+	if err != nil {
 		err.Offset = p.locate(b, cap(message)-err.Offset)
 		return err
 	}
