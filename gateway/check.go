@@ -256,9 +256,7 @@ func localHeader(v natmap.ProxyVersion) []byte {
 	if v == natmap.ProxyV1 {
 		return []byte("PROXY UNKNOWN\r\n")
 	}
-	h := proxyproto.Header{Version: 2, Command: proxyproto.LOCAL, TransportProtocol: proxyproto.UNSPEC}
-	b, _ := h.Format() // it has nothing that could not be written
-	return b
+	return append(slices.Clone(proxyproto.SIGV2), byte(proxyproto.LOCAL), byte(proxyproto.UNSPEC), 0, 0)
 }
 
 func probeTLS(ctx context.Context, conn net.Conn, c *check) error {
@@ -367,8 +365,10 @@ func (s *server) touch(ctx context.Context, out *outbound, patience time.Duratio
 	case localAddr(fd) == s.addr && s.unix == "": // nobody listens, and the kernel has chosen this very port for us
 		return unix.ECONNREFUSED
 	case len(words) > 0:
-		if _, e := sysWrite(fd, words); e != 0 { // a fresh socket has room for a header
+		if n, e := sysWrite(fd, words); e != 0 {
 			return e
+		} else if n < len(words) { // a fresh socket has room for a header
+			return unix.EMSGSIZE
 		}
 	}
 	return nil

@@ -307,7 +307,10 @@ func (d *dialling) take(c *conn) bool {
 //	socket, setsockopt(TCP_NODELAY), setsockopt(TCP_QUICKACK), connect -> EINPROGRESS, epoll_ctl
 func (c *conn) openSocket(d *dialling) error {
 	s := &c.backend
-	early := c.earlyWords(d)
+	early, err := c.earlyWords(d)
+	if err != nil {
+		return err
+	}
 	fd, err := d.socket(c, d.server, len(early) > 0)
 	if d.early = 0; err == nil && len(early) > 0 {
 		d.early, err = sendEarly(fd, early)
@@ -324,16 +327,17 @@ func (c *conn) openSocket(d *dialling) error {
 
 // earlyWords are what a server hears at once, where the rule has them go with the SYN: only those who have something to say
 // may let it wait.
-func (c *conn) earlyWords(d *dialling) []byte {
+func (c *conn) earlyWords(d *dialling) ([]byte, error) {
 	switch b := d.backend; {
 	case c.route.outbound == nil || !c.route.outbound.fastOpen || d.server == nil || d.server.unix != "":
-		return nil
+		return nil, nil
 	case c.route.proxy != natmap.ProxyOff:
-		return c.proxyHeader()
+		p, err := c.preface()
+		return p.header, err
 	case b.spec.TLS || b.speaks != starttls.Off:
-		return nil
+		return nil, nil
 	}
-	return c.pending
+	return c.pending, nil
 }
 
 // sendEarly says the first words on a socket whose SYN waits for them (TCP_FASTOPEN_CONNECT), and how many of them the SYN

@@ -43,6 +43,9 @@ func (g *Gateway) newEncryption(c *Config, rule *natmap.Rule) *encryption {
 			e.lacks = "the CA of backend-ca=" + o.BackendCA + " cannot be read"
 		}
 	}
+	if o.BackendCA != "" && e.roots == nil {
+		e.roots = x509.NewCertPool() // without the CA that was named nobody is believed, and not whom the system believes
+	}
 	if o.BackendCert != "" {
 		if e.cert = c.Certs.ForName(o.BackendCert); e.cert == nil {
 			e.lacks = "the certificate of backend-cert=" + o.BackendCert + " cannot be read"
@@ -160,7 +163,12 @@ func (c *conn) encrypt() stage {
 
 func (l *loop) startEncryption(c *conn) {
 	defer c.rescue()
-	hs := newEncrypter(c)
+	hs, err := newEncrypter(c)
+	if err != nil {
+		c.stage = c.unannounced(err)
+		c.advance()
+		return
+	}
 	c.stage = encrypting
 	l.encrypting++
 	l.active.Add(1)
@@ -220,7 +228,7 @@ type encrypter struct {
 	err     error
 }
 
-func newEncrypter(c *conn) *encrypter {
+func newEncrypter(c *conn) (*encrypter, error) {
 	d := c.dial
 	spec := d.backend.spec
 	h := &encrypter{conn: c, how: c.route.encryption, tickets: d.backend.tickets, began: c.loop.clock()}
@@ -232,10 +240,15 @@ func newEncrypter(c *conn) *encrypter {
 	h.wire.news = make(chan struct{}, 1)
 	h.wire.begin(c.loop, &c.backend, nil)
 	h.wire.toBackend = true
-	if !d.introduced {
-		h.wire.preface = c.proxyHeader()[d.early:]
+	if d.introduced {
+		return h, nil
 	}
-	return h
+	p, err := c.preface()
+	if err != nil {
+		return nil, err
+	}
+	h.wire.preface, err = p.after(d.early)
+	return h, err
 }
 
 // run is the goroutine: the handshake, then the keys, then back to the loop.

@@ -123,9 +123,22 @@ func FuzzProxyHeaderOut(f *testing.F) {
 			source: netip.AddrPortFrom(from.Unmap(), uint16(ports>>16)), target: netip.AddrPortFrom(to.Unmap(), uint16(ports))}
 		for _, v := range []natmap.ProxyVersion{natmap.ProxyV1, natmap.ProxyV2} {
 			c := &conn{route: &route{proxy: v}, dial: &dialling{backend: &backend{}}, report: r}
-			isReadBack(t, c.proxyHeader(), &r, v)
+			isReadBack(t, wholePreface(t, c), &r, v)
 		}
 	})
+}
+
+func wholePreface(t *testing.T, c *conn) []byte {
+	t.Helper()
+	p, err := c.preface()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := p.after(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 func isReadBack(t *testing.T, b []byte, r *report, version natmap.ProxyVersion) {

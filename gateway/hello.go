@@ -94,7 +94,11 @@ var plainHTTPAnswer = fmt.Sprintf("HTTP/1.1 400 Bad Request\r\nContent-Type: tex
 // match finds the rule for what the hello, which the loop still has, asks for.
 func (c *conn) match() stage {
 	h := &c.loop.hello
-	c.report.helloed(h, c.loop.now)
+	name, err := h.HostName()
+	c.report.helloed(h, name, c.loop.now)
+	if err != nil { // nothing of such a name is kept: it would go to the log, to tickets and to backends
+		return c.refuse(UnknownName, alertUnrecognizedName, "the name that the client asks for "+err.Error())
+	}
 	if c.route != nil { // MySQL's, whose gate it has passed
 		return c.serve()
 	}

@@ -154,10 +154,13 @@ func proxyHeaderLen(b []byte) (int, error) {
 // there. To a tls:// backend the header has gone already, in the clear before the handshake, as HAProxy's send-proxy
 // and everybody who reads it have it. A backend to which nothing can be said yet may be one that speaks first.
 func (c *conn) greet() stage {
+	if err := c.checkTLS(); err != nil {
+		return c.unannounced(err)
+	}
 	if s := c.backend.tls; s != nil {
 		c.up.hold(c.loop, s.sealed(c.pending))
-	} else {
-		c.sayFirst()
+	} else if err := c.sayFirst(); err != nil {
+		return c.unannounced(err)
 	}
 	c.carried(&c.up, len(c.pending))
 	c.pending = nil
@@ -174,30 +177,99 @@ func (c *conn) greet() stage {
 	return next
 }
 
+// checkTLS holds the connection against its rule before the first byte of anybody's is carried: in the clear goes only what
+// the map says may.
+func (c *conn) checkTLS() error {
+	switch b := c.dial.backend; {
+	case terminates(c.route.rule) && c.client.tls == nil && !c.cancels:
+		return errors.New("the rule terminates TLS, and the client has none")
+	case b.spec != nil && b.spec.TLS && c.backend.tls == nil:
+		return errors.New("the map says tls://, and the backend is spoken to in the clear")
+	}
+	return nil
+}
+
 // sayFirst has the header and what the client has sent go, but for what has gone with the SYN.
-func (c *conn) sayFirst() {
+func (c *conn) sayFirst() error {
 	early := c.dial.early
 	if !c.dial.introduced {
-		if header := c.proxyHeader(); header != nil {
-			c.up.hold(c.loop, header[early:])
+		p, err := c.preface()
+		if err != nil {
+			return err
+		}
+		header, err := p.after(early)
+		if err != nil {
+			return err
+		}
+		if len(p.header) > 0 {
+			c.up.hold(c.loop, header)
 			early = 0
 		}
 	}
 	c.up.hold(c.loop, c.pending[early:])
+	return nil
 }
 
-// proxyHeader is the header for the backend as the rule wants it, nil for none.
-func (c *conn) proxyHeader() []byte {
+// unannounced ends a connection that its backend must not hear of: without the header that the rule wants the client's
+// first bytes would be taken for it.
+func (c *conn) unannounced(err error) stage {
+	c.hangUp()
+	return c.unconnected(Internal, err.Error())
+}
+
+// preface is what a backend hears before everything else: a whole PROXY header, or, by the rule's word, nothing. The zero
+// value is neither, and nobody can send it: no header can be lost on the way to a backend without an error.
+type preface struct {
+	header []byte
+	made   bool
+}
+
+var errNoPreface = errors.New("no PROXY header was made for the backend, nor does the rule do without")
+
+// after is what is left of it behind the bytes that have gone with the SYN. Without a header those were the client's.
+func (p preface) after(early int) ([]byte, error) {
+	switch {
+	case !p.made:
+		return nil, errNoPreface
+	case len(p.header) == 0:
+		return nil, nil
+	case early > len(p.header):
+		return nil, fmt.Errorf("%d bytes of a PROXY header of %d have gone", early, len(p.header))
+	}
+	return p.header[early:], nil
+}
+
+// prefaceLimit is what receivers take of a header: 4096 bytes (nginx, go-proxyproto) and more. The longest that a client can
+// cause has 1.5 KiB: a name of 253 bytes, a protocol of 255, tlvLimit of the load balancer's.
+const prefaceLimit = 4096
+
+// preface makes the header for the backend as the rule wants it. It is the same each time that it is made.
+func (c *conn) preface() (preface, error) {
 	version := c.route.proxy
 	if c.dial.backend.demo {
 		version = natmap.ProxyV2
 	}
 	if version == natmap.ProxyOff {
-		return nil
+		return preface{made: true}, nil
 	}
+	header, err := c.proxyHeader(version)
+	switch {
+	case err != nil:
+		return preface{}, fmt.Errorf("the PROXY header for the backend: %w", err)
+	case len(header) == 0 || len(header) > prefaceLimit:
+		return preface{}, fmt.Errorf("the PROXY header for the backend has %d bytes, of %d at most", len(header), prefaceLimit)
+	}
+	return preface{header, true}, nil
+}
+
+// proxyHeader is the header for the backend.
+func (c *conn) proxyHeader(version natmap.ProxyVersion) ([]byte, error) {
 	src, dst := c.report.source, c.report.target
 	if !dst.IsValid() {
 		dst = localAddr(c.client.fd)
+	}
+	if !src.IsValid() || !dst.IsValid() {
+		return nil, errors.New("the client's address is not known, or not the one that it connected to")
 	}
 	if src.Addr().Is4() != dst.Addr().Is4() { // one family for both: IPv4 as mapped IPv6
 		src, dst = netip.AddrPortFrom(mapped(src.Addr()), src.Port()), netip.AddrPortFrom(mapped(dst.Addr()), dst.Port())
@@ -209,17 +281,13 @@ func (c *conn) proxyHeader() []byte {
 	if version == natmap.ProxyV2 {
 		return c.proxyV2(h)
 	}
-	b, err := h.Format()
-	if err != nil {
-		return []byte("PROXY UNKNOWN\r\n")
-	}
-	return b
+	return h.Format()
 }
 
 func mapped(a netip.Addr) netip.Addr { return netip.AddrFrom16(a.As16()) }
 
 // proxyV2 adds what a backend may want to know (PROXY protocol, section 2.2.6) and the checksum over all of it.
-func (c *conn) proxyV2(h *proxyproto.Header) []byte {
+func (c *conn) proxyV2(h *proxyproto.Header) ([]byte, error) {
 	r := &c.report
 	id := r.idText()
 	tlvs := []proxyproto.TLV{{Type: proxyproto.PP2_TYPE_UNIQUE_ID, Value: []byte(id)}}
@@ -238,15 +306,15 @@ func (c *conn) proxyV2(h *proxyproto.Header) []byte {
 	// The checksum is taken over the whole header with zeros in its own place, and it comes last: so it is the last
 	// four bytes.
 	tlvs = append(tlvs, proxyproto.TLV{Type: proxyproto.PP2_TYPE_CRC32C, Value: make([]byte, 4)})
-	if h.SetTLVs(tlvs) != nil {
-		return nil
+	if err := h.SetTLVs(tlvs); err != nil {
+		return nil, err
 	}
 	b, err := h.Format()
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	binary.BigEndian.PutUint32(b[len(b)-4:], crc32.Checksum(b, castagnoli))
-	return b
+	return b, nil
 }
 
 // sslTLV is PP2_TYPE_SSL: the client spoke TLS, this version with this cipher. verify is non-zero as long as no

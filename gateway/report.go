@@ -64,10 +64,10 @@ type report struct {
 	err           string
 }
 
-// helloed takes what a ClientHello says.
-func (r *report) helloed(h *sni.Hello, now int64) {
+// helloed takes what a ClientHello says, and the host name that it asks for.
+func (r *report) helloed(h *sni.Hello, name string, now int64) {
 	r.helloDone = now
-	r.sni = strings.ToLower(h.ServerName)
+	r.sni = name
 	if len(h.ALPN) > 0 {
 		r.offered = h.ALPN[0]
 	}

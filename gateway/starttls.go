@@ -226,8 +226,15 @@ func (c *conn) startAsking() stage {
 	c.stage = asking
 	d.talk, d.introduced = newTalk(d.backend.speech), true
 	c.setDeadline(d.share(c))
-	out := d.talk.client.Start(c.proxyHeader())[d.early:]
-	d.early = 0
+	header, err := c.preface()
+	if err != nil {
+		return c.unannounced(err)
+	}
+	out, err := header.after(d.early)
+	if err != nil {
+		return c.unannounced(err)
+	}
+	out, d.early = d.talk.client.Start(out), 0
 	switch {
 	case len(out) == 0:
 		ackNow(c.backend.fd)

@@ -89,7 +89,7 @@ func wantedTLVs(area []byte, types *natmap.TLVTypes) (whole [][]byte, dropped in
 // foreignTLVs are those of the backend's header that the gateway has not written itself.
 func foreignTLVs(t *testing.T, c *conn) (all []byte) {
 	t.Helper()
-	b := c.proxyHeader()
+	b := wholePreface(t, c)
 	if err := checkProxySum(b); err != nil {
 		t.Fatal(err)
 	}

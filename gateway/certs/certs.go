@@ -81,6 +81,9 @@ type Certificate struct {
 // TLS is the certificate as crypto/tls wants it: chain from the leaf up, private key, parsed Leaf.
 func (c *Certificate) TLS() *tls.Certificate { return &c.pair }
 
+// maxLabel is how long a label can be (RFC 1035, section 2.3.4). What is longer is no name that a wildcard stands for.
+const maxLabel = 63
+
 // ForName is the entry for a server name in lower case; one trailing dot is ignored. An exact name beats a
 // wildcard, and a wildcard stands for exactly one label. It is nil if no certificate is for that name.
 func (s *Store) ForName(name string) *Entry {
@@ -91,7 +94,7 @@ func (s *Store) ForName(name string) *Entry {
 	if e, ok := s.exact[name]; ok {
 		return e
 	}
-	if dot := strings.IndexByte(name, '.'); dot > 0 {
+	if dot := strings.IndexByte(name, '.'); dot > 0 && dot <= maxLabel {
 		return s.wildcard[name[dot:]]
 	}
 	return nil

@@ -29,16 +29,18 @@ func TestExactBeatsWildcardAndWildcardIsOneLabel(t *testing.T) {
 	put(t, dir, "root.crt", ca.certPEM())
 	s := loadClean(t, dir)
 	for name, file := range map[string]string{
-		"api.bank.example":  "exact.pem",
-		"api.bank.example.": "exact.pem",
-		"bank.example":      "exact.pem",
-		"pay.bank.example":  "wild.pem",
-		"*.bank.example":    "wild.pem",
-		"a.b.bank.example":  "",
-		".bank.example":     "",
-		"example":           "",
-		"":                  "",
-		".":                 "",
+		"api.bank.example":                        "exact.pem",
+		"api.bank.example.":                       "exact.pem",
+		"bank.example":                            "exact.pem",
+		"pay.bank.example":                        "wild.pem",
+		"*.bank.example":                          "wild.pem",
+		"a.b.bank.example":                        "",
+		strings.Repeat("a", 63) + ".bank.example": "wild.pem",
+		strings.Repeat("a", 64) + ".bank.example": "",
+		".bank.example":                           "",
+		"example":                                 "",
+		"":                                        "",
+		".":                                       "",
 	} {
 		got := ""
 		if e := s.ForName(name); e != nil {
