@@ -239,7 +239,6 @@ func newEncrypter(c *conn) (*encrypter, error) {
 	}
 	h.wire.news = make(chan struct{}, 1)
 	h.wire.begin(c.loop, &c.backend, nil)
-	h.wire.toBackend = true
 	if d.introduced {
 		return h, nil
 	}
@@ -284,21 +283,13 @@ func (h *encrypter) shake() {
 	h.session, h.err = h.takeKeys()
 }
 
-// takeKeys makes the record engine's halves. In TLS 1.3 nothing was written or read under these keys yet; in TLS 1.2
-// Finished was 0, in both directions.
+// takeKeys makes the record engine's halves. In TLS 1.3 tickets may come before data.
 func (h *encrypter) takeKeys() (*session, error) {
-	client, server, err := h.secrets.keys(&h.state, &h.wire.wire)
-	if err != nil {
-		return nil, err
+	s, err := h.wire.engine(&h.secrets, &h.state, record.Client)
+	if err == nil && h.state.Version == tls.VersionTLS13 {
+		s.tickets = h
 	}
-	s := &session{}
-	seq := uint64(1)
-	if h.state.Version == tls.VersionTLS13 {
-		seq, s.tickets = 0, h
-	}
-	s.reader.Init(server, seq, record.Client)
-	s.writer.Init(client, seq)
-	return s, nil
+	return s, err
 }
 
 // done is back on the loop: the handshake is over, one way or the other.
@@ -421,8 +412,8 @@ func (h *encrypter) reason(failed unix.Errno) (encryptionResult, string) {
 		if v := reflect.ValueOf(op.Err); v.Kind() == reflect.Uint8 { // crypto/tls keeps the type of its alerts to itself
 			return encryptionRefused, "it refused the TLS handshake with the alert " + record.Alert(v.Uint()).String()
 		}
-	case h.wire.refusal > 0:
-		return encryptionRefused, "it refused the TLS handshake with the alert " + record.Alert(h.wire.refusal).String()
+	case h.wire.in.alert > 0:
+		return encryptionRefused, "it refused the TLS handshake with the alert " + record.Alert(h.wire.in.alert).String()
 	case errors.As(err, new(tls.RecordHeaderError)):
 		return encryptionNoTLS, "it does not speak TLS"
 	case failed != 0:
@@ -446,9 +437,8 @@ func (h *encrypter) Get(string) (*tls.ClientSessionState, bool) {
 	h.offered = cs
 	if _, state, err := cs.ResumptionState(); err == nil {
 		for _, extra := range state.Extra {
-			if master, ok := bytes.CutPrefix(extra, masterMark); ok && len(master) == len(h.secrets.master) {
-				copy(h.secrets.master[:], master)
-				h.secrets.mastered = true // unless the backend prefers to shake hands in full: then the log has another
+			if master, ok := bytes.CutPrefix(extra, masterMark); ok && len(master) == masterLen {
+				h.secrets.master.set(master) // unless the backend prefers to shake hands in full: then the log has another
 			}
 		}
 	}
@@ -462,12 +452,12 @@ func (h *encrypter) Put(_ string, cs *tls.ClientSessionState) {
 		h.tickets.drop(h.peer, h.offered)
 		return
 	}
-	if h.secrets.mastered {
+	if h.secrets.master.n > 0 {
 		ticket, state, err := cs.ResumptionState()
 		if err != nil {
 			return
 		}
-		state.Extra = [][]byte{append(append([]byte(nil), masterMark...), h.secrets.master[:]...)}
+		state.Extra = [][]byte{append(append([]byte(nil), masterMark...), h.secrets.master.bytes()...)}
 		if cs, err = tls.NewResumptionState(ticket, state); err != nil {
 			return
 		}

@@ -65,7 +65,7 @@ func (c *conn) queueHandshake() stage {
 	if entry == nil {
 		return c.refuse(UnknownName, alertUnrecognizedName, c.noCertificate())
 	}
-	c.terms = &terms{entry: entry, random: l.hello.Random}
+	c.terms = &terms{entry: entry}
 	l.queue.push(c)
 	if len(l.queue.waiting) > l.maxInFlight() {
 		oldest := l.queue.pop()
@@ -91,8 +91,7 @@ func (c *conn) awaitTurn() stage {
 
 // terms is what a handshake needs to know of the hello that led to it.
 type terms struct {
-	entry  *certs.Entry
-	random [32]byte // the client's
+	entry *certs.Entry
 }
 
 // certificate is what the client is shown.
@@ -286,42 +285,59 @@ type handshaker struct {
 	err     error
 }
 
-// secrets is what the key log said (TLS 1.3), or the ticket (TLS 1.2, resumed).
+// secrets is what the key log said, or the ticket (TLS 1.2, resumed).
 type secrets struct {
-	client, server [48]byte
-	master         [48]byte
-	n              int // bytes in client and server
-	mastered       bool
+	client, server                   secret // of the application's data in TLS 1.3
+	clientHandshake, serverHandshake secret // of the handshake in TLS 1.3
+	master                           secret // TLS 1.2
 }
+
+// secret is one of them. It has no bytes until it is known.
+type secret struct {
+	b [masterLen]byte // the longest are those of SHA-384, and master secrets
+	n uint8
+}
+
+// masterLen is a master secret of TLS 1.2 (RFC 5246, section 8.1).
+const masterLen = 48
+
+func (s *secret) bytes() []byte { return s.b[:s.n] }
+
+func (s *secret) set(b []byte) { s.n = uint8(copy(s.b[:], b)) }
 
 // Write takes a line of the key log: "LABEL <client random> <secret>", both in hex.
 func (s *secrets) Write(line []byte) (int, error) {
 	label, rest, _ := bytes.Cut(line, []byte(" "))
-	_, secret, _ := bytes.Cut(bytes.TrimSpace(rest), []byte(" "))
-	var into *[48]byte
+	_, text, _ := bytes.Cut(bytes.TrimSpace(rest), []byte(" "))
+	var into *secret
 	switch string(label) {
 	case "CLIENT_TRAFFIC_SECRET_0":
 		into = &s.client
 	case "SERVER_TRAFFIC_SECRET_0":
 		into = &s.server
+	case "CLIENT_HANDSHAKE_TRAFFIC_SECRET":
+		into = &s.clientHandshake
+	case "SERVER_HANDSHAKE_TRAFFIC_SECRET":
+		into = &s.serverHandshake
 	case "CLIENT_RANDOM":
-		into, s.mastered = &s.master, true
+		into = &s.master
 	default:
 		return len(line), nil
 	}
-	if len(secret) > 2*len(into) {
+	into.n = 0
+	if len(text) > 2*len(into.b) {
 		return 0, errors.New("key log: secret too long")
 	}
-	n, err := hex.Decode(into[:], secret)
-	if string(label) != "CLIENT_RANDOM" {
-		s.n = n
+	n, err := hex.Decode(into.b[:], text)
+	if err != nil {
+		return 0, fmt.Errorf("key log: %w", err)
 	}
-	return len(line), err
+	into.n = uint8(n)
+	return len(line), nil
 }
 
 func (h *handshaker) begin(c *conn) {
 	h.conn, h.entry, h.sni = c, c.terms.entry, c.report.sni
-	h.wire.clientRandom = c.terms.random
 	h.tickets = c.loop.gw.tickets.config()
 	h.wire.begin(c.loop, &c.client, c.pending)
 	c.pending, c.terms = nil, nil
@@ -349,17 +365,26 @@ func (h *handshaker) shake() {
 	h.session, h.err = h.takeKeys()
 }
 
-// findAlert looks for the alert that crypto/tls has sent. In the clear it was seen; behind the Finished of TLS 1.3 it is
-// the first record under the application keys.
+// findAlert looks for the alert that crypto/tls has sent. In the clear it was seen; after our Finished of TLS 1.3 it is
+// the last record under the application keys.
 func (h *handshaker) findAlert(suite uint16) {
-	out, err := record.TrafficKeys(suite, h.secrets.server[:h.secrets.n])
-	if err != nil || h.wire.alert >= 0 {
+	w := &h.wire.out
+	if w.alert > 0 || h.secrets.server.n == 0 {
+		return
+	}
+	out, err := record.TrafficKeys(suite, h.secrets.server.bytes())
+	defer out.Wipe()
+	if err != nil {
+		return
+	}
+	next, ok := record.ProbeSequence(out, w.last, int(w.secret))
+	if !ok {
 		return
 	}
 	var r record.Reader
-	r.Init(out, 0, record.Client)
-	if rec, _, err := r.Next(h.wire.lastSealed); err == nil && rec.Kind == record.AlertReceived {
-		h.wire.alert = int16(rec.Alert)
+	r.Init(out, next-1, record.Client)
+	if rec, _, err := r.Next(w.last); err == nil && rec.Kind == record.AlertReceived {
+		w.alert = int16(rec.Alert)
 	}
 	r.Wipe()
 }
@@ -369,41 +394,34 @@ type panicked struct{ value any }
 
 func (p *panicked) Error() string { return fmt.Sprintf("panic in the handshake: %v", p.value) }
 
-// takeKeys makes the record engine's halves from what was written down during the handshake. From here on crypto/tls
-// must not touch the connection again.
+// takeKeys makes the record engine's halves from what was written down during the handshake.
 func (h *handshaker) takeKeys() (*session, error) {
-	client, server, err := h.secrets.keys(&h.state, &h.wire)
-	if err != nil {
-		return nil, err
-	}
-	s := &session{}
-	read, written := uint64(1), uint64(1) // Finished was 0, in both directions
-	if h.state.Version == tls.VersionTLS13 {
-		read, written = 0, h.wire.writtenUnder(server)
-	}
-	s.reader.Init(client, read, record.Server)
-	s.writer.Init(server, written)
-	return s, nil
+	return h.wire.engine(&h.secrets, &h.state, record.Server)
 }
 
-// keys are what the client and what the server writes application data with.
-func (s *secrets) keys(state *tls.ConnectionState, w *wire) (client, server record.Keys, err error) {
+// keys are what the client and what the server writes application data with. Wipe both, also after an error.
+func (s *secrets) keys(state *tls.ConnectionState, w *wire, role record.Role) (client, server record.Keys, err error) {
 	suite := state.CipherSuite
-	switch {
-	case state.Version == tls.VersionTLS13 && s.n == 0:
-		return client, server, errors.New("crypto/tls did not log the traffic secrets")
-	case state.Version == tls.VersionTLS13:
-		if client, err = record.TrafficKeys(suite, s.client[:s.n]); err != nil {
+	if state.Version == tls.VersionTLS13 {
+		if client, err = record.TrafficKeys(suite, s.client.bytes()); err != nil {
 			return client, server, fmt.Errorf("client traffic keys: %w", err)
 		}
-		if server, err = record.TrafficKeys(suite, s.server[:s.n]); err != nil {
+		if server, err = record.TrafficKeys(suite, s.server.bytes()); err != nil {
 			return client, server, fmt.Errorf("server traffic keys: %w", err)
 		}
 		return client, server, nil
-	case !s.mastered:
-		return client, server, errors.New("no master secret: neither logged nor in the ticket")
 	}
-	if client, server, err = record.KeyBlock(suite, s.master[:], w.clientRandom[:], w.serverRandom[:]); err != nil {
+	said, heard := &w.out, &w.in
+	if role == record.Server {
+		said, heard = heard, said
+	}
+	switch {
+	case s.master.n != masterLen:
+		return client, server, errors.New("no master secret: neither logged nor in the ticket")
+	case !said.randomKnown || !heard.randomKnown:
+		return client, server, errors.New("a hello went by unseen")
+	}
+	if client, server, err = record.KeyBlock(suite, s.master.bytes(), said.random[:], heard.random[:]); err != nil {
 		return client, server, fmt.Errorf("key block: %w", err)
 	}
 	return client, server, nil
@@ -423,7 +441,7 @@ func (c *conn) shook(h *handshaker) {
 	l := c.loop
 	c.hs = nil
 	err, state, sess, rest := h.err, h.state, h.session, h.wire.rest()
-	c.report.alertSent, c.report.alertReceived = h.wire.alert, h.wire.refusal
+	c.report.alertSent, c.report.alertReceived = h.wire.out.alert, h.wire.in.alert
 	c.client.readable = !h.wire.drained || len(h.wire.news) > 0 || c.client.hup
 	c.client.writable = true
 	h.forget()
@@ -496,7 +514,10 @@ func (h *handshaker) ticketScope() []byte {
 func (h *handshaker) wrapSession(cs tls.ConnectionState, ss *tls.SessionState) ([]byte, error) {
 	entry := h.ticketScope()
 	if cs.Version == tls.VersionTLS12 {
-		entry = append(entry, h.secrets.master[:]...)
+		if h.secrets.master.n != masterLen {
+			return nil, errors.New("no master secret for the ticket")
+		}
+		entry = append(entry, h.secrets.master.bytes()...)
 	}
 	ss.Extra = append(ss.Extra, entry)
 	return h.tickets.EncryptTicket(cs, ss)
@@ -515,9 +536,8 @@ func (h *handshaker) unwrapSession(ticket []byte, cs tls.ConnectionState) (*tls.
 		if !ok {
 			continue
 		}
-		if len(master) == len(h.secrets.master) {
-			copy(h.secrets.master[:], master)
-			h.secrets.mastered = true
+		if len(master) == masterLen {
+			h.secrets.master.set(master)
 		}
 		ss.Extra = append(ss.Extra[:i], ss.Extra[i+1:]...) // a re-issued ticket gets its own
 		return ss, nil
@@ -539,26 +559,21 @@ type wire struct {
 	computing bool
 	preface   []byte // goes out before everything else: the PROXY header for a backend
 
-	clientRandom, serverRandom [32]byte
-	lastSealed                 []byte // the last record of application-data type that was written
-	sealed                     int    // how many were
-	alert                      int16  // the alert that was sent; -1: none
-	refusal                    int16  // the alert that the peer sent in the clear; 0: none
-	heard                      int    // of the ServerHello up to its random, in whatever pieces it comes
-	hearing                    bool   // we are the client, and the record that is being handed out may have it
-	toBackend                  bool
-	gaveUp                     atomic.Bool // nobody waits for the handshake any more
+	in, out follower    // what crypto/tls was handed, and what it wrote
+	gaveUp  atomic.Bool // nobody waits for the handshake any more
 }
 
 var errGaveUp = errors.New("given up")
 
-// helloRandom is where the random is in a ClientHello and in a ServerHello: behind type, length and version.
-const helloRandom = 4 + 2
+// shortRecord is longer than a Finished of TLS 1.2 is in its record, which is all that is kept of what a peer sends.
+const shortRecord = 64
 
 const wireBuffer = 4 << 10 // a hello, or a Finished with a request behind it
 
 func (w *wire) begin(l *loop, s *socket, hello []byte) {
-	w.loop, w.fd, w.computing, w.alert, w.refusal = l, s.fd, true, -1, 0
+	w.loop, w.fd, w.computing = l, s.fd, true
+	w.in.begin(shortRecord)
+	w.out.begin(record.MaxRecord)
 	w.drained = !s.readable
 	w.cut.Store(s.hup || s.exact)
 	w.buf = append(w.buf[:0], hello...)
@@ -572,8 +587,10 @@ func (w *wire) forget() {
 	if cap(w.buf) > 4*wireBuffer {
 		w.buf = nil
 	}
-	w.buf, w.off, w.left, w.sealed, w.lastSealed = w.buf[:0], 0, 0, 0, w.lastSealed[:0]
-	w.loop, w.preface, w.heard, w.toBackend = nil, nil, 0, false
+	w.buf, w.off, w.left = w.buf[:0], 0, 0
+	w.loop, w.preface = nil, nil
+	w.in.begin(0)
+	w.out.begin(0)
 }
 
 // rest is what was read beyond the handshake.
@@ -620,38 +637,17 @@ func (w *wire) Read(p []byte) (int, error) {
 func (w *wire) take(p []byte) int {
 	b := w.buf[w.off:]
 	if w.left == 0 {
-		if len(b) < 5 {
+		if len(b) < recordHeader {
 			return 0
 		}
-		w.left = 5 + int(b[3])<<8 + int(b[4])
-		if b[0] == 21 && w.left == 7 && len(b) >= 7 { // in TLS 1.3 crypto/tls takes it for a broken record
-			w.refusal = int16(b[6])
-		}
-		w.hearing = w.toBackend && b[0] == 22
-		p = p[:min(len(p), 5)]
-		n := copy(p, b)
-		w.off += n
-		w.left -= n
-		return n
+		w.left = recordHeader + int(b[3])<<8 + int(b[4])
+		p = p[:min(len(p), recordHeader)]
 	}
 	n := copy(p[:min(len(p), w.left)], b)
-	if w.hearing {
-		w.hear(b[:n])
-	}
+	w.in.follow(b[:n])
 	w.off += n
 	w.left -= n
 	return n
-}
-
-// hear takes the server's random out of its first handshake message, the ServerHello. (In TLS 1.3 that may be a
-// HelloRetryRequest, but there the random is of no use.)
-func (w *wire) hear(b []byte) {
-	const end = helloRandom + 32
-	if w.heard < end && w.heard+len(b) > helloRandom {
-		from := max(helloRandom-w.heard, 0)
-		copy(w.serverRandom[w.heard+from-helloRandom:], b[from:])
-	}
-	w.heard = min(w.heard+len(b), end)
 }
 
 // fill reads what the socket has, and waits if that's nothing.
@@ -688,7 +684,7 @@ func (w *wire) fill() error {
 
 // Write sends all of p and notes what the engine needs to know of it.
 func (w *wire) Write(p []byte) (int, error) {
-	w.note(p)
+	w.out.follow(p)
 	written := len(p)
 	if w.preface != nil { // in the same segment
 		p, w.preface = append(w.preface, p...), nil
@@ -707,40 +703,6 @@ func (w *wire) Write(p []byte) (int, error) {
 		}
 	}
 	return written, nil
-}
-
-// note looks at the records that crypto/tls writes: the ServerHello's random, an alert, and the last one of
-// application-data type, which tells the sequence number that the engine goes on with.
-func (w *wire) note(p []byte) {
-	for len(p) >= 5 {
-		n := min(5+int(p[3])<<8+int(p[4]), len(p))
-		rec := p[:n]
-		switch {
-		case rec[0] == 22 && n >= 43 && rec[5] == 2:
-			copy(w.serverRandom[:], rec[5+helloRandom:]) // after a HelloRetryRequest the second one counts
-		case rec[0] == 22 && n >= 43 && rec[5] == 1:
-			copy(w.clientRandom[:], rec[5+helloRandom:])
-		case rec[0] == 21 && n == 7:
-			w.alert = int16(rec[6])
-		case rec[0] == 23:
-			w.sealed++
-			w.lastSealed = append(w.lastSealed[:0], rec...)
-		}
-		p = p[n:]
-	}
-}
-
-// writtenUnder is how many records were written under these keys already: session tickets, as a rule one. How many
-// is not assumed: the last record that was written tells, by the number that it opens with.
-func (w *wire) writtenUnder(k record.Keys) uint64 {
-	if w.sealed == 0 {
-		return 0
-	}
-	next, ok := record.ProbeSequence(k, w.lastSealed, w.sealed)
-	if !ok {
-		return 0 // still under the handshake's key: nothing was written under this one
-	}
-	return next
 }
 
 // The rest of net.Conn. The loop keeps the time and closes the socket.

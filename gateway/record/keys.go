@@ -120,6 +120,17 @@ func (k *Keys) Key() []byte { return k.key[:specs[k.suite].keyLen] }
 // IV is the implicit nonce inside k: 12 bytes, or the 4 of the salt for AES-GCM in TLS 1.2.
 func (k *Keys) IV() []byte { return k.iv[:ivLen-k.explicitNonce()] }
 
+// Expansion is how many bytes a record's body has beside its content, padding aside: explicit nonce, tag and, in TLS 1.3,
+// the content type.
+func Expansion(suite uint16) int {
+	k := Keys{suite: suite}
+	n := k.explicitNonce() + tagLen
+	if isTLS13(suite) {
+		n++
+	}
+	return n
+}
+
 // Update replaces TLS 1.3 keys by the next generation (RFC 8446 7.2). TLS 1.2 has none: it does
 // nothing there.
 func (k *Keys) Update() {

@@ -151,22 +151,34 @@ func (w *Writer) seal(slot []byte, n int, typ byte) int {
 // keys, it tries the sequence numbers 0 to limit-1 and returns the one after that which opens rec. A
 // TLS 1.3 server's tickets and a TLS 1.2 Finished are sealed with the application keys, and only
 // crypto/tls knows how many there were. !ok means that rec is none of these: it was sealed with other
-// keys, so that the writer is at 0, or it is not one whole record. rec is left as it is.
+// keys, or it is not one whole record. Whoever then takes the writer to be at 0 has to know that rec
+// was sealed with the handshake's keys: see SealedAs. rec is left as it is.
 func ProbeSequence(k Keys, rec []byte, limit int) (next uint64, ok bool) {
+	return probe(k, rec, 0, uint64(max(limit, 0)))
+}
+
+// SealedAs tells whether rec is the record with that sequence number under k. rec is left as it is.
+func SealedAs(k Keys, rec []byte, seq uint64) bool {
+	_, ok := probe(k, rec, seq, seq+1)
+	return ok
+}
+
+// probe tries the sequence numbers from seq to end-1.
+func probe(k Keys, rec []byte, seq, end uint64) (next uint64, ok bool) {
 	var h half
-	h.init(k, 0)
+	h.init(k, seq)
 	defer h.wipe()
 	if h.over() || len(rec) > MaxRecord || len(rec) < headerLen+int(h.explicit)+tagLen ||
 		int(binary.BigEndian.Uint16(rec[3:])) != len(rec)-headerLen {
 		return 0, false
 	}
 	trial := make([]byte, len(rec)) // a failed Open overwrites what it was given
-	for ; limit > 0; limit-- {
+	defer clear(trial)
+	for h.seq < end {
 		copy(trial, rec)
 		_, ok := h.open(trial)
 		h.seq++
 		if ok {
-			clear(trial)
 			return h.seq, true
 		}
 	}
