@@ -155,7 +155,7 @@ func readable(err error) string {
 	case errors.Is(err, errUTF16):
 		return "save it in UTF-8, or convert it with iconv -f UTF-16 -t UTF-8"
 	case errors.Is(err, fs.ErrNotExist):
-		return "renew the link or remove it"
+		return "put the file there, or correct its path; a link leads nowhere if its target is gone"
 	}
 	return fmt.Sprintf("make the file readable for the user that tlsnat runs as (uid %d)", os.Getuid())
 }
