@@ -296,7 +296,8 @@ func (s *still) goRound() {
 		for i := range s.loop.poll.n {
 			s.loop.dispatch(&s.loop.poll.events[i])
 		}
-		s.loop.wheel.fire(s.loop.now, (*conn).due)
+		s.loop.looks.sure = s.loop.now
+		s.loop.fireTimers()
 		s.loop.serveLater()
 	}
 }

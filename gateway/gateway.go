@@ -215,22 +215,10 @@ func (g *Gateway) eachListener(do func(*listener)) {
 	}
 }
 
-// How long cut connections may take to end: a handshake that computes is waited for.
-const cutTime = 2 * time.Second
-
 // finish waits for the loops to end, cutting their connections when ctx is done.
 func (g *Gateway) finish(ctx context.Context) {
-	if !g.loopsEnd(ctx.Done()) {
-		for _, l := range g.loops {
-			l.post(func() {
-				for c := range l.conns {
-					c.cut(Drained, "the gateway stops")
-				}
-			})
-		}
-		late := make(chan struct{})
-		time.AfterFunc(cutTime, func() { close(late) })
-		g.loopsEnd(late)
+	if !g.loopsEnd(ctx) {
+		g.cutRest()
 	}
 	g.stop()
 	g.reloads.one.Lock() // one that runs comes to its end
@@ -242,11 +230,12 @@ func (g *Gateway) finish(ctx context.Context) {
 	g.lines.close()
 }
 
-func (g *Gateway) loopsEnd(giveUp <-chan struct{}) bool {
+// loopsEnd waits for the loops to end, and says whether all have before ctx was done.
+func (g *Gateway) loopsEnd(ctx context.Context) bool {
 	for _, l := range g.loops {
 		select {
 		case <-l.done:
-		case <-giveUp:
+		case <-ctx.Done():
 			return false
 		}
 	}

@@ -26,7 +26,9 @@ type loop struct {
 	conns     map[*conn]struct{}
 	listeners []*listener
 	wheel     wheel
+	resumed   int64   // when the process had stood still last: deadlines until then passed meanwhile
 	now       int64   // loop nanoseconds: since the gateway's start, read once a round
+	looks     looks   // whether the sockets were looked at since
 	later     []*conn // streams, and who used up a turn: they go on when the others have been served
 
 	scratch    []byte       // what a turn reads into and seals in; nothing in it outlives the turn
@@ -78,6 +80,7 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 	l := &loop{index: index, gw: g, poll: p, most: noEnd, conns: map[*conn]struct{}{}, queues: map[*route]*turnQueue{}, scratch: make([]byte, scratchSize),
 		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan shaker)}}
 	l.tick()
+	l.looks.sure = l.now
 	l.wheel.done, l.pacer.done = l.now>>tickShift, l.now>>paceShift
 	return l, nil
 }
@@ -95,7 +98,7 @@ func (l *loop) run() {
 		for i := range events {
 			l.dispatch(&events[i])
 		}
-		l.wheel.fire(l.now, (*conn).due)
+		l.fireTimers()
 		l.pacer.fire(l.now)
 		l.runPosted()
 		l.serveLater()
@@ -112,10 +115,19 @@ func (l *loop) run() {
 
 // look fetches what is ready, and sleeps until something is unless somebody waits for a turn.
 func (l *loop) look() ([]unix.EpollEvent, error) {
-	if l.poll.look() || len(l.later) > 0 {
+	l.looks.begin(l.now, l.socks.watched())
+	some := l.poll.look()
+	l.looks.note(l.poll.n)
+	if some || len(l.later) > 0 || l.timersDue() {
 		return l.poll.events[:l.poll.n], l.poll.fault
 	}
 	return l.poll.sleep(l.now, l.nextDue(), l.hasNews)
+}
+
+// timersDue says whether a deadline has passed. Then the loop does not sleep, but looks at the sockets once more.
+func (l *loop) timersDue() bool {
+	due := l.wheel.next()
+	return due != 0 && due <= l.now
 }
 
 // nextDue is when there is something to do though nothing happens, in loop nanoseconds; 0: never.

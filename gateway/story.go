@@ -142,6 +142,9 @@ func (c *conn) due() {
 		c.cut(Drained, "its rule is not in the map any more, and drain= is over")
 	case c.end != 0 && l.now >= c.end && c.stage < lingering:
 		c.cut(Lifetime, "the rule's lifetime= is over")
+	case c.busy:
+		c.setDeadline(0) // it has something to do, and is waiting for its turn
+	case c.spared():
 	case c.stage <= readingHello, c.stage == readingRequest:
 		c.finish(HelloTimeout, fmt.Sprintf("only %d bytes of it came within %sHELLO_TIMEOUT", len(c.pending), Prefix))
 	case c.stage == waitingTurn:
@@ -175,7 +178,7 @@ func (c *conn) due() {
 // idle ends a connection on which nothing has moved for too long, or waits for the rest of that time. On the way there
 // it is parked.
 func (c *conn) idle() {
-	quiet, limit := c.loop.now-c.active, c.silence()
+	quiet, limit := c.loop.looks.sure-c.active, c.silence()
 	switch {
 	case c.settling() && quiet < limit:
 		c.advance()

@@ -24,7 +24,7 @@ type timer struct {
 type wheel struct {
 	slots [wheelSlots]*conn
 	used  [wheelSlots / 64]uint64 // a bit a slot: whether anything hangs there
-	done  int64                   // the tick up to which everything is fired
+	done  int64                   // the tick up to which everything is fired, but for what is left in its slot
 }
 
 // set makes c due at deadline (loop nanoseconds).
@@ -74,30 +74,38 @@ func (w *wheel) clear(c *conn) {
 	t.prev, t.next, t.slot = nil, nil, 0
 }
 
-// fire calls due for every conn whose deadline has passed at now.
-func (w *wheel) fire(now int64, due func(*conn)) {
-	for tick := now >> tickShift; w.done < tick; {
-		if w.empty() {
-			w.done = tick
-			return
-		}
-		w.done++
+// take takes a conn out of the wheel whose deadline has passed at now; nil: there is none. Between two calls
+// anything may happen to the wheel.
+func (w *wheel) take(now int64) *conn {
+	for tick := now >> tickShift; ; w.done++ {
 		slot := int(w.done % wheelSlots)
 		for c := w.slots[slot]; c != nil; c = w.slots[slot] {
 			w.clear(c)
-			if c.timer.deadline > now {
-				w.link(c) // it was pushed further away, or was beyond the wheel's reach
-				continue
+			if c.timer.deadline <= now {
+				return c
 			}
-			due(c)
+			w.link(c) // it was pushed further away, or was beyond the wheel's reach
+		}
+		if w.done >= tick {
+			return nil
+		}
+		if w.empty() {
+			w.done = tick
+			return nil
 		}
 	}
 }
+
+// whole says whether everything up to done is fired.
+func (w *wheel) whole() bool { return w.slots[w.done%wheelSlots] == nil }
 
 func (w *wheel) empty() bool { return w.used == [wheelSlots / 64]uint64{} }
 
 // next is when the wheel has to be looked at again, in loop nanoseconds; 0: never.
 func (w *wheel) next() int64 {
+	if !w.whole() {
+		return w.done << tickShift
+	}
 	first := int(w.done+1) % wheelSlots
 	for i := range len(w.used) + 1 {
 		word := (first/64 + i) % len(w.used)
