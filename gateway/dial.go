@@ -24,6 +24,8 @@ type backend struct {
 
 	tickets *tickets // of a tls:// backend; nil: it's plain
 
+	refused atomic.Pointer[string] // addresses that DNS gives for the name and resolve-to= refuses; nil: none
+
 	speech // what comes before TLS, or before anything else
 }
 
@@ -239,7 +241,7 @@ func (c *conn) searched() stage {
 // nobody says why there was nobody to try.
 func (d *dialling) nobody(c *conn) string {
 	if d.out == 0 {
-		return "none of the backends has an address"
+		return "none of the backends has an address" + c.route.refusals()
 	}
 	const enough = 4
 	var all []string

@@ -252,8 +252,11 @@ func (b *backend) spots(r *route) (primary, backup []spot) {
 	if leads == nil {
 		return nil, nil
 	}
+	var refused []netip.Addr
 	for _, l := range scaled(*leads) {
-		for _, addrs := range paired(l.addrs) {
+		addrs, others := b.allowed(r, &l)
+		refused = append(refused, others...)
+		for _, addrs := range paired(addrs) {
 			s := b.spot(r, l, addrs...)
 			if l.priority == (*leads)[0].priority {
 				primary = append(primary, s)
@@ -262,6 +265,7 @@ func (b *backend) spots(r *route) (primary, backup []spot) {
 			}
 		}
 	}
+	b.tellRefused(r, refused)
 	return primary, backup
 }
 

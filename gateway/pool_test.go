@@ -1030,3 +1030,22 @@ func TestBothFamiliesAreBlamedByName(t *testing.T) {
 		}
 	}
 }
+
+// TestDNSDoesNotLeadToLoopback: whoever answers for a backend's name must not have clients connected to what listens on this
+// machine only, unless the map says so. The line of the connection and the log say what is refused.
+func TestDNSDoesNotLeadToLoopback(t *testing.T) {
+	backend := echoServer(t)
+	_, port, _ := net.SplitHostPort(backend)
+	z := newZone(t)
+	z.set("app.example", 60, address(1))
+	b := start(t, fmt.Sprintf(":{0} -> app.example:%s mode=tcp\n:{1} -> app.example:%s mode=tcp resolve-to=any", port, port), "RESOLVER="+z.addr)
+	l := b.turnedAway(t, 0)
+	l.expect(t, logLine{Outcome: "no_backend"})
+	if !strings.Contains(l.Error, "DNS gives 127.0.0.1 for app.example, which resolve-to=network refuses") {
+		t.Errorf("the line does not say why: %s", l)
+	}
+	b.log.take(t, func(l logLine) bool {
+		return l.Level == "warn" && strings.Contains(l.Msg, "write resolve-to=any") && strings.Contains(l.text, `"addresses":"127.0.0.1"`)
+	})
+	exchange(t, b.dial(t, 1), []byte("the map says so"))
+}

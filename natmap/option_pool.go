@@ -25,6 +25,7 @@ type PoolOptions struct {
 	Rise, Fall int           // 0: DefaultRise, DefaultFall
 	SlowStart  time.Duration // or Off
 	OnDown     OnDown
+	ResolveTo  ResolveTo
 
 	Source      Origin
 	KeepAlive   time.Duration // or Off
@@ -71,6 +72,19 @@ var onDownWords = []string{"keep", "cut"}
 
 // String returns the value of on-down=.
 func (d OnDown) String() string { return word(onDownWords, int(d)) }
+
+// A ResolveTo is which addresses DNS may give for the name of a backend.
+type ResolveTo uint8
+
+const (
+	ResolveToNetwork ResolveTo = iota // those of other machines, and of this one as others see it
+	ResolveToAny
+)
+
+var resolveToWords = []string{"network", "any"}
+
+// String returns the value of resolve-to=.
+func (r ResolveTo) String() string { return word(resolveToWords, int(r)) }
 
 // A Switch is off or on.
 type Switch uint8
@@ -190,6 +204,13 @@ var poolOptions = []option{
 		set: enum(onDownWords, map[string]string{"close": "cut", "reset": "cut", "kill": "cut"},
 			func(o *Options) *OnDown { return &o.Pool.OnDown }),
 		show: func(o *Options) string { return o.Pool.OnDown.String() },
+	},
+	{
+		key: "resolve-to", value: strings.Join(resolveToWords, "|"), uses: forwarded,
+		help: "addresses that DNS may give for a backend's name; network refuses loopback, link-local, unspecified, multicast and broadcast ones (default network)",
+		set: enum(resolveToWords, map[string]string{"all": "any", "loopback": "any"},
+			func(o *Options) *ResolveTo { return &o.Pool.ResolveTo }),
+		show: func(o *Options) string { return o.Pool.ResolveTo.String() },
 	},
 	{
 		key: "source", value: "transparent|IP[:LO-HI]|off", uses: forwarded,

@@ -46,6 +46,7 @@ var behaviours = map[string]string{
 	"fall":           "TestChecksTakeBackendsOutAndIn",
 	"slow-start":     "TestKilledBackendCostsOnlyItsConnections",
 	"on-down":        "TestConnectionsOfADownBackendAreCut",
+	"resolve-to":     "TestDNSDoesNotLeadToLoopback",
 	"source":         "TestBackendsSeeTheSource",
 	"keepalive":      "TestSocketsAreAsTheRuleWants",
 	"user-timeout":   "TestSocketsAreAsTheRuleWants",
