@@ -173,21 +173,22 @@ func reason(err error) error {
 var errUTF16 = errors.New("is text in UTF-16")
 
 // readText reads a regular file of text in UTF-8, with lines of whatever system, and does not wait for anything.
-func readText(path string, limit int64) ([]byte, error) {
-	b, _, err := certs.ReadFile(path, limit)
+func readText(path string, limit int64) ([]byte, certs.Stamp, error) {
+	b, info, err := certs.ReadFile(path, limit)
 	switch {
 	case err != nil:
-		return nil, err
+		return nil, certs.Stamp{}, err
 	case certs.UTF16(b):
-		return nil, errUTF16
+		return nil, certs.Stamp{}, errUTF16
 	}
+	stamp := certs.NewStamp(info, b)
 	certs.UnixLines(b)
-	return b, nil
+	return b, stamp, nil
 }
 
 // readMap also leaves out byte order marks in the middle, of files that were put together.
 func readMap(path string) (string, error) {
-	b, err := readText(path, natmap.MaxText)
+	b, _, err := readText(path, natmap.MaxText)
 	return strings.ReplaceAll(string(b), "\n\ufeff", "\n"), err
 }
 

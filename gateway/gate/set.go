@@ -71,112 +71,134 @@ type Conflict struct{ Allow, Deny Entry }
 // NewSet makes a set of entries. otherwise says whether an address that none of them holds is allowed. A prefix that
 // stands twice counts as it was written first; one that is allowed and denied is denied, and returned.
 func NewSet(entries []Entry, otherwise bool) (*Set, []Conflict) {
-	s := &Set{otherwise: otherwise}
-	runs, conflicts := sorted(entries)
-	lists := map[string]uint16{}
-	for i := range runs {
-		r := &runs[i]
-		n, ok := lists[r.entry.List]
-		if !ok {
-			n = uint16(len(s.lists)) // a rule has two options, and the parser bounds the files of each
-			lists[r.entry.List] = n
-			s.lists = append(s.lists, r.entry.List)
-		}
-		r.verdict = newVerdict(len(s.marks), r.entry.Allow)
-		s.marks = append(s.marks, mark{uint32(r.entry.Line), n, uint8(r.entry.Prefix.Bits())})
+	return Join([]Part{{Entries: entries}}, otherwise)
+}
+
+// Join is NewSet for lists that are kept.
+func Join(parts []Part, otherwise bool) (*Set, []Conflict) {
+	four, six := candidates(parts)
+	m := &maker{Set: &Set{otherwise: otherwise}, parts: parts, numbers: map[string]uint16{}}
+	start := 0
+	for i := range parts {
+		m.starts = append(m.starts, start)
+		start += parts[i].len()
 	}
-	first6 := slices.IndexFunc(runs, func(r run) bool { return !r.entry.Prefix.Addr().Is4() })
-	if first6 < 0 {
-		first6 = len(runs)
-	}
-	none := newVerdict(noMark, otherwise)
-	for _, c := range flatten(runs[:first6], none, u128{0, 1<<32 - 1}) {
-		s.begin4, s.verdict4 = append(s.begin4, uint32(c.at.lo)), append(s.verdict4, c.verdict)
-	}
-	for _, c := range flatten(runs[first6:], none, u128{1<<64 - 1, 1<<64 - 1}) {
-		s.begin6, s.verdict6 = append(s.begin6, c.at), append(s.verdict6, c.verdict)
-	}
+	m.marks = make([]mark, 0, len(four)+len(six))
+	s := m.Set
+	s.begin4, s.verdict4 = make([]uint32, 0, 2*len(four)+1), make([]verdict, 0, 2*len(four)+1)
+	m.flatten(four, 32, func(at u128, v verdict) {
+		s.begin4, s.verdict4 = append(s.begin4, uint32(at.lo)), append(s.verdict4, v)
+	})
+	m.flatten(six, 128, func(at u128, v verdict) { s.begin6, s.verdict6 = append(s.begin6, at), append(s.verdict6, v) })
 	s.begin4, s.verdict4 = slices.Clone(s.begin4), slices.Clone(s.verdict4) // without the room for more
 	s.begin6, s.verdict6 = slices.Clone(s.begin6), slices.Clone(s.verdict6)
-	return s, conflicts
+	return s, m.conflicts
 }
 
-// run is an entry as a run of addresses.
-type run struct {
-	entry       *Entry
-	first, last u128
-	verdict     verdict
+// maker makes a set of sorted candidates.
+type maker struct {
+	*Set
+	parts     []Part
+	starts    []int // the number of each part's first entry
+	numbers   map[string]uint16
+	conflicts []Conflict
 }
 
-// sorted are the runs of the entries, each prefix once: IPv4 first, by where they begin, wider ones first.
-func sorted(entries []Entry) (runs []run, conflicts []Conflict) {
-	all := make([]run, len(entries))
-	for i := range entries {
-		e := &entries[i]
-		all[i].entry = e
-		all[i].first, all[i].last = bounds(e.Prefix)
-	}
-	slices.SortStableFunc(all, func(a, b run) int {
-		p, q := a.entry, b.entry
+// open is a prefix that holds the address we are at.
+type open struct {
+	last    u128
+	verdict verdict
+}
+
+// flatten cuts nested prefixes, the wider ones first, into runs of addresses side by side. They come in order, each with
+// where it begins and the verdict about it.
+func (m *maker) flatten(all []candidate, width int, add func(u128, verdict)) {
+	none := newVerdict(noMark, m.otherwise)
+	whole := last(u128{}, width, 0)
+	at, v := u128{}, none // the run that is not told yet
+	put := func(next u128, w verdict) {
 		switch {
-		case p.Prefix != q.Prefix:
-			return p.Prefix.Compare(q.Prefix)
-		case p.Allow == q.Allow:
-			return 0
-		case p.Allow:
-			return 1
-		}
-		return -1
-	})
-	for i := range all {
-		before := len(runs) - 1
-		if i == 0 || all[i].entry.Prefix != runs[before].entry.Prefix {
-			runs = append(runs, all[i])
-		} else if e := all[i].entry; e.Allow != runs[before].entry.Allow && all[i-1].entry.Allow != e.Allow {
-			conflicts = append(conflicts, Conflict{*e, *runs[before].entry})
+		case next == at:
+			v = w
+		case v != w:
+			add(at, v)
+			at, v = next, w
 		}
 	}
-	return runs, conflicts
-}
-
-// A cut is where another verdict begins to hold.
-type cut struct {
-	at u128
-	verdict
-}
-
-// flatten cuts nested runs, the wider ones first, into runs side by side from address zero to last.
-func flatten(runs []run, none verdict, last u128) []cut {
-	cuts := make([]cut, 1, 2*len(runs)+1)
-	cuts[0].verdict = none
-	put := func(at u128, v verdict) {
-		switch top := &cuts[len(cuts)-1]; {
-		case top.at == at:
-			top.verdict = v
-		case top.verdict != v:
-			cuts = append(cuts, cut{at, v})
-		}
-	}
-	// Those that hold the address we are at, each within the one before, in a run of everything.
-	open := []run{{last: last, verdict: none}}
+	nested := []open{{whole, none}}
 	leave := func() {
-		end := open[len(open)-1].last
-		open = open[:len(open)-1]
-		if end != last {
-			put(end.next(), open[len(open)-1].verdict)
+		end := nested[len(nested)-1].last
+		nested = nested[:len(nested)-1]
+		if end != whole {
+			put(end.next(), nested[len(nested)-1].verdict)
 		}
 	}
-	for _, r := range runs {
-		for open[len(open)-1].last.less(r.first) {
+	for i, c := range all {
+		if i > 0 && c.at == all[i-1].at && c.prefix() == all[i-1].prefix() {
+			m.again(all, i, width)
+			continue
+		}
+		for nested[len(nested)-1].last.less(c.at) {
 			leave()
 		}
-		put(r.first, r.verdict)
-		open = append(open, r)
+		w := m.note(c)
+		put(c.at, w)
+		nested = append(nested, open{last(c.at, width, c.bits()), w})
 	}
-	for len(open) > 1 {
+	for len(nested) > 1 {
 		leave()
 	}
-	return cuts
+	add(at, v)
+}
+
+// again looks at a prefix that stands more than once: allowed once, and denied before, is a conflict.
+func (m *maker) again(all []candidate, i, width int) {
+	if c, before := all[i], all[i-1]; c.allow() && !before.allow() {
+		first := i - 1 // what counts
+		for first > 0 && all[first-1].at == c.at && all[first-1].prefix() == c.prefix() {
+			first--
+		}
+		m.conflicts = append(m.conflicts, Conflict{m.entry(c, width), m.entry(all[first], width)})
+	}
+}
+
+// note keeps where a prefix was written, and returns the verdict that leads there.
+func (m *maker) note(c candidate) verdict {
+	e := m.origin(c)
+	n, ok := m.numbers[e.List]
+	if !ok {
+		n = uint16(len(m.lists)) // a rule has two options, and the parser bounds the files of each
+		m.numbers[e.List] = n
+		m.lists = append(m.lists, e.List)
+	}
+	v := newVerdict(len(m.marks), c.allow())
+	m.marks = append(m.marks, mark{uint32(e.Line), n, uint8(c.bits())})
+	return v
+}
+
+// origin is the entry of a candidate, without its prefix.
+func (m *maker) origin(c candidate) Entry {
+	part, found := slices.BinarySearch(m.starts, c.index())
+	if !found {
+		part--
+	}
+	for m.parts[part].len() == 0 { // several parts begin at one number if all but the last are empty
+		part++
+	}
+	return m.parts[part].entry(c.index() - m.starts[part])
+}
+
+func (m *maker) entry(c candidate, width int) Entry {
+	e := m.origin(c)
+	var b [16]byte
+	binary.BigEndian.PutUint64(b[:8], c.at.hi)
+	binary.BigEndian.PutUint64(b[8:], c.at.lo)
+	a := netip.AddrFrom16(b)
+	if width == 32 {
+		a = netip.AddrFrom4([4]byte(b[12:]))
+	}
+	e.Prefix = netip.PrefixFrom(a, c.bits())
+	return e
 }
 
 // Allows says whether the address may come in. It allocates nothing.
@@ -263,17 +285,21 @@ func (a u128) next() u128 {
 }
 
 // bounds are the first and the last address of a prefix.
-func bounds(p netip.Prefix) (first, last u128) {
+func bounds(p netip.Prefix) (first, end u128) {
 	if p.Addr().Is4() {
 		b := p.Addr().As4()
 		first.lo = uint64(binary.BigEndian.Uint32(b[:]))
-		last.lo = first.lo | (1<<(32-p.Bits()) - 1)
-		return first, last
+		return first, last(first, 32, p.Bits())
 	}
 	b := p.Addr().As16()
 	first = u128{binary.BigEndian.Uint64(b[:8]), binary.BigEndian.Uint64(b[8:])}
-	free := uint(128 - p.Bits()) // a shift by 64 or more leaves nothing
+	return first, last(first, 128, p.Bits())
+}
+
+// last is the last address of a prefix, of addresses of that width.
+func last(first u128, width, prefix int) u128 {
+	free := uint(width - prefix) // a shift by 64 or more leaves nothing
 	low := uint64(1)<<min(free, 64) - 1
 	high := uint64(1)<<(max(free, 64)-64) - 1
-	return first, u128{first.hi | high, first.lo | low}
+	return u128{first.hi | high, first.lo | low}
 }

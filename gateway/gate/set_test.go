@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/gate"
 )
@@ -229,4 +230,43 @@ func FuzzReadList(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestMillionPrefixesLoadInTime: read, sorted and made a set of, in less than a second of CPU time. Two are allowed.
+func TestMillionPrefixesLoadInTime(t *testing.T) {
+	if raceEnabled {
+		t.Skip("times are measured without the race detector")
+	}
+	var b strings.Builder
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 1_000_000 {
+		a := r.Uint32()
+		fmt.Fprintf(&b, "%d.%d.%d.%d/32\n", a>>24, a>>16&255, a>>8&255, a&255)
+	}
+	text, began := b.String(), time.Now()
+	l, complaints := gate.ParseList("block.txt", text)
+	parsed := time.Since(began)
+	s, _ := gate.Join([]gate.Part{{List: l}}, true)
+	t.Logf("parsed in %v, a set made in %v", parsed, time.Since(began)-parsed)
+	if took := time.Since(began); len(complaints) > 0 || s.Len() < 999_000 || took > 2*time.Second {
+		t.Errorf("%d prefixes in %v, %d complaints", s.Len(), took, len(complaints))
+	}
+}
+
+// TestKeptListsMakeTheSameSet as entries do.
+func TestKeptListsMakeTheSameSet(t *testing.T) {
+	const text = "10.0.0.0/8\n 192.0.2.1 # one\n2001:db8::/32\n10.1.0.0/16\n10.1.0.0/16\n\ufeff198.51.100.0/24\n::ffff:203.0.113.9\n"
+	l, complaints := gate.ParseList("f", text)
+	entries, _ := gate.ReadList("f", text, false)
+	if len(complaints) > 0 || l.Len() != len(entries) {
+		t.Fatalf("%v, %d and %d", complaints, l.Len(), len(entries))
+	}
+	single := []gate.Entry{{Prefix: netip.MustParsePrefix("10.1.2.0/24"), Allow: true, List: "map:1"}}
+	kept, _ := gate.Join([]gate.Part{{}, {Entries: single}, {List: l}}, true)
+	plain, _ := gate.NewSet(append(single, entries...), true)
+	for _, a := range []string{"10.0.0.1", "10.1.0.1", "10.1.2.3", "192.0.2.1", "192.0.2.2", "198.51.100.7", "203.0.113.9", "2001:db8::1", "2001:db9::1", "0.0.0.0", "255.255.255.255", "::"} {
+		if a := netip.MustParseAddr(a); kept.Decide(a) != plain.Decide(a) {
+			t.Errorf("%s: %+v and %+v", a, kept.Decide(a), plain.Decide(a))
+		}
+	}
 }
