@@ -340,10 +340,10 @@ const (
 )
 
 // knock looks at what is known of a client before it has said anything: its address. It comes after the PROXY header,
-// where there is one. A load balancer's own connections (LOCAL) have no client, and pass.
+// where there is one; if that names no client, the address is the peer's.
 func (c *conn) knock() refusal {
 	e := c.port.gate
-	if e == nil || c.report.local {
+	if e == nil {
 		return notRefused
 	}
 	a := c.report.source.Addr()
@@ -376,20 +376,18 @@ func (c *conn) countAddress(rate, conns perAddress) refusal {
 // passGate looks at what the rule wants, once it is known which one it is.
 func (c *conn) passGate() refusal {
 	g, e := c.route.gate, c.port.gate
-	if !c.report.local {
-		if len(g.sets) > 0 && !e.decided(g.sets[0]) && g.denies(c.report.source.Addr()) {
-			return refusedAddress
-		}
-		rate, conns := g.rate, g.conns
-		if e != nil && e.rate == rate {
-			rate = perAddress{}
-		}
-		if e != nil && e.conns == conns {
-			conns = perAddress{}
-		}
-		if why := c.countAddress(rate, conns); why != notRefused {
-			return why
-		}
+	if len(g.sets) > 0 && !e.decided(g.sets[0]) && g.denies(c.report.source.Addr()) {
+		return refusedAddress
+	}
+	rate, conns := g.rate, g.conns
+	if e != nil && e.rate == rate {
+		rate = perAddress{}
+	}
+	if e != nil && e.conns == conns {
+		conns = perAddress{}
+	}
+	if why := c.countAddress(rate, conns); why != notRefused {
+		return why
 	}
 	if g.most > 0 && !c.hold(holdsConn, &g.count.open, g.most) {
 		return refusedConns

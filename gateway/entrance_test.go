@@ -256,8 +256,67 @@ func TestRatePerIPHoldsOverLoops(t *testing.T) {
 	}
 }
 
-// TestProxiedAddressCounts: behind a load balancer it is the client's address that is denied and counted, and the load
-// balancer's own connections pass.
+// TestNamelessClientsPassTheGate: a header that names no client is a probe's until something is said behind it. Then the
+// gate sees the load balancer, as it would see a client.
+func TestNamelessClientsPassTheGate(t *testing.T) {
+	headers := map[string]string{"LOCAL": "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00", "UNKNOWN": "PROXY UNKNOWN\r\n", "UNSPEC": unspec,
+		"LOCAL with an address": "\r\n\r\n\x00\r\nQUIT\n\x20\x11\x00\x0c\xc0\x00\x02\x07\xc0\x00\x02\x01\x0f\xa0\x01\xbb"}
+	w := newWitness(t)
+	b := start(t, ":{0} -> "+w.addr+" mode=tcp allow=192.0.2.0/24\n:{1} edge.test -> "+w.addr+" deny=127.0.0.9\n:{2} edge.test -> "+w.addr+
+		" deny=127.0.0.9 starttls=smtp\n:{2} a.wild.test -> "+w.addr+" deny=127.0.0.9 starttls=smtp\n:{3} edge.test -> "+w.addr+" allow=192.0.2.0/24\n:{3} a.wild.test -> "+
+		w.addr, "PROXY_FROM=127.0.0.9")
+	hello, turned := clientHello(t, nil), uint64(0)
+	for name, header := range headers {
+		for i := range 4 {
+			for _, together := range []bool{false, true} {
+				probe := dialFrom(t, "127.0.0.9", b.addr(i))
+				_, _ = io.WriteString(probe, header)
+				_ = probe.CloseWrite()
+				if said, err := io.ReadAll(probe); err != nil || len(said) > 0 {
+					t.Errorf("%s on port %d: a probe hears %q, %v", name, i, said, err)
+				}
+				if l := b.lineOf(t, probe); l.Outcome != "ok" || l.Level != "debug" {
+					t.Errorf("%s on port %d: line of a probe: %s", name, i, l)
+				}
+				c := dialFrom(t, "127.0.0.9", b.addr(i))
+				if together {
+					_, _ = c.Write(append([]byte(header), hello...))
+				} else {
+					_, _ = io.WriteString(c, header)
+					waitDelivered(t, c)
+					_, _ = c.Write(hello)
+				}
+				if said, err := io.ReadAll(c); err == nil || len(said) > 0 {
+					t.Errorf("%s on port %d: who may not come in hears %q, %v", name, i, said, err)
+				}
+				if turned++; turned == 1 { // the others are only counted
+					b.lineOf(t, c).expect(t, logLine{Outcome: "denied", Level: "warn", Client: c.LocalAddr().String()})
+				}
+			}
+		}
+	}
+	b.refusedBy(t, map[string]uint64{"address": turned})
+	select {
+	case <-w.conns:
+		t.Error("a backend was connected to")
+	default:
+	}
+}
+
+// TestNamelessClientsAreCounted: what they have open counts for the load balancer's address.
+func TestNamelessClientsAreCounted(t *testing.T) {
+	b := start(t, ":{0} -> "+echoServer(t)+" mode=tcp conns-per-ip=1", "PROXY_FROM=127.0.0.9")
+	for i, header := range []string{unspec, "PROXY UNKNOWN\r\n"} {
+		c := dialFrom(t, "127.0.0.9", b.addr(0))
+		_, _ = io.WriteString(c, header)
+		if err := trade(c, []byte("hello")); (err == nil) != (i == 0) {
+			t.Errorf("number %d: %v", i, err)
+		}
+	}
+	b.refusedBy(t, map[string]uint64{"conns-per-ip": 1})
+}
+
+// TestProxiedAddressCounts: behind a load balancer it is the client's address that is denied and counted.
 func TestProxiedAddressCounts(t *testing.T) {
 	b := start(t, ":{0} -> "+echoServer(t)+" mode=tcp allow=192.0.2.0/24 deny=192.0.2.66 conns-per-ip=1", "PROXY_FROM=127.0.0.9")
 	from := func(header string) (net.Conn, error) {
@@ -283,12 +342,6 @@ func TestProxiedAddressCounts(t *testing.T) {
 	}
 	if _, err := from(v1("192.0.2.8")); err != nil {
 		t.Error(err)
-	}
-	local := "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
-	for range 2 {
-		if _, err := from(local); err != nil {
-			t.Errorf("LOCAL: %v", err)
-		}
 	}
 	b.refusedBy(t, map[string]uint64{"address": 1, "conns-per-ip": 1})
 }

@@ -1006,11 +1006,14 @@ func TestProxyHeaderIsBelieved(t *testing.T) {
 	}{
 		{"v1", proxyHeader(t, 1, proxySource, proxyTarget), proxySource, "info"},
 		{"v1 IPv6", proxyHeader(t, 1, v6, "[2001:db8::1]:443"), v6, "info"},
-		{"v1 UNKNOWN", []byte("PROXY UNKNOWN\r\n"), "", "debug"},
+		{"v1 UNKNOWN", []byte("PROXY UNKNOWN\r\n"), "", "info"},
+		{"v1 UNKNOWN with addresses", []byte("PROXY UNKNOWN 192.0.2.7 192.0.2.1 4000 443\r\n"), "", "info"},
 		{"v2", proxyHeader(t, 2, proxySource, proxyTarget), proxySource, "info"},
 		{"v2 IPv6", proxyHeader(t, 2, v6, "[2001:db8::1]:443"), v6, "info"},
 		{"v2 with TLVs", checksummed(t, 0), proxySource, "info"},
-		{"v2 LOCAL", localHeader(t), "", "debug"},
+		{"v2 LOCAL", localHeader(t), "", "info"},
+		{"v2 UNSPEC", []byte(unspec), "", "info"},
+		{"v2 UNSPEC with something in it", []byte(unspec[:14] + "\x00\x0c" + "xxxxxxxxxxxx"), "", "info"},
 	} {
 		for _, pieces := range []struct {
 			name string
@@ -1044,6 +1047,9 @@ func TestProxyHeaderIsBelieved(t *testing.T) {
 		}
 	}
 }
+
+// unspec is a header of version 2 with the command PROXY that says nothing of the client.
+const unspec = "\r\n\r\n\x00\r\nQUIT\n\x21\x00\x00\x00"
 
 func bit(b bool) int {
 	if b {

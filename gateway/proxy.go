@@ -30,6 +30,9 @@ var errNotProxy = errors.New("no PROXY header, which is demanded from this addre
 // readProxyHeader takes the PROXY header off a connection from a load balancer that is trusted (PROXY protocol,
 // sections 2.1 and 2.2). What follows it stays in pending.
 func (c *conn) readProxyHeader() stage {
+	if c.report.local {
+		return c.awaitWord()
+	}
 	for {
 		b, ended, errno := c.gather(proxyLimit + helloLimit)
 		n, err := proxyHeaderLen(b)
@@ -51,23 +54,66 @@ func (c *conn) readProxyHeader() stage {
 
 // takeProxyHeader reads the header, which is the first n bytes of b.
 func (c *conn) takeProxyHeader(b []byte, n int) stage {
-	h, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(b[:n]), n))
-	if err == nil {
-		err = checkProxySum(b[:n])
+	if unspecified(b) {
+		c.report.local = true
+	} else {
+		h, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(b[:n]), n))
+		if err == nil {
+			err = checkProxySum(b[:n])
+		}
+		if err != nil {
+			return c.badProxy(err)
+		}
+		c.believe(h)
 	}
-	if err != nil {
-		return c.badProxy(err)
-	}
-	c.believe(h)
 	if wanted := c.port.tlvs; wanted != nil && !c.report.local {
 		c.report.tlvs = keepTLVs(b[:n], wanted)
 	}
 	rest := b[n:]
-	c.pending = append([]byte(nil), rest...)
+	c.pending, c.report.heard = append([]byte(nil), rest...), len(rest) > 0
+	if c.report.local && len(rest) == 0 {
+		return c.beginLocal()
+	}
+	return c.comeIn()
+}
+
+// unspecified says whether a header of version 2 has the command PROXY and the family UNSPEC, which every receiver has to
+// know and the codec refuses: of the client it says nothing, as UNKNOWN of version 1 does (PROXY protocol, section 2.2).
+func unspecified(b []byte) bool {
+	return bytes.HasPrefix(b, proxyproto.SIGV2) && b[12] == byte(proxyproto.PROXY) && b[13] == byte(proxyproto.UNSPEC)
+}
+
+// comeIn is what comes behind the header, if the gate lets the client in.
+func (c *conn) comeIn() stage {
 	if why := c.knock(); why != notRefused {
 		return c.shut(why)
 	}
 	return c.port.first
+}
+
+// beginLocal is for a connection that the load balancer calls its own (LOCAL), or whose client it does not name (UNKNOWN,
+// UNSPEC). It is a probe until it says something; then the gate sees the peer. Where the port speaks first the peer has to
+// be let in before it is spoken to, and one that is not may still look whether the port is open.
+func (c *conn) beginLocal() stage {
+	if c.port.eager && c.knock() == notRefused {
+		return c.port.first
+	}
+	return c.awaitWord()
+}
+
+func (c *conn) awaitWord() stage {
+	for {
+		b, ended, errno := c.gather(helloLimit)
+		switch {
+		case len(b) > 0:
+			c.keep(b)
+			return c.comeIn()
+		case ended:
+			return c.endedEarly(errno)
+		case !c.client.readable:
+			return readingProxy
+		}
+	}
 }
 
 // proxyTLVs is where the TLVs of a version 2 header begin, by its address family: behind two addresses and two ports.
@@ -100,8 +146,7 @@ func (c *conn) badProxy(err error) stage {
 	return c.finish(BadProxy, err.Error())
 }
 
-// believe takes the client's address from the header. A LOCAL header is the load balancer's own health check, which
-// has no client.
+// believe takes the client's address from the header. One that names none (LOCAL, UNKNOWN) leaves the peer's.
 func (c *conn) believe(h *proxyproto.Header) {
 	if h.Command.IsLocal() {
 		c.report.local = true

@@ -37,7 +37,8 @@ type report struct {
 	cipher     uint16
 	group      tls.CurveID
 	resumed    bool
-	local      bool // a load balancer's own connection (PROXY LOCAL)
+	local      bool // a load balancer's own connection, or one whose client it does not name (PROXY LOCAL, UNKNOWN, UNSPEC)
+	heard      bool // it has said something, not counting a PROXY header
 	probe      bool // came and left without a byte
 	spliced    bool
 	halves     uint8 // reading and writing halves that speak TLS,
@@ -124,10 +125,13 @@ func (r *report) path() string {
 	return "user" // small messages are cheaper copied than spliced
 }
 
+// probing says whether it came to look, and has said nothing.
+func (r *report) probing() bool { return r.probe || r.local && !r.heard && r.up == 0 }
+
 // level is info for what ends well or is the client's affair, warn for what an operator should look at.
 func (r *report) level() zapcore.Level {
 	switch {
-	case r.probe || r.local:
+	case r.probing():
 		return zapcore.DebugLevel
 	case r.outcome == Internal:
 		return zapcore.ErrorLevel

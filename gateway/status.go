@@ -331,7 +331,7 @@ type endedEntry struct {
 }
 
 func (e *endedRing) add(r *report, now int64) {
-	if r.probe || r.local {
+	if r.probing() {
 		return
 	}
 	e.ring[e.next] = endedEntry{*r, now}

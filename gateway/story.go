@@ -256,7 +256,7 @@ func (c *conn) gather(limit int) (b []byte, ended bool, errno unix.Errno) {
 	case n == 0: // still readable: whoever comes next has to see the end, too
 		return c.pending, true, s.failed
 	}
-	s.readable = n == len(into) || s.hup || s.exact
+	s.readable, c.report.heard = n == len(into) || s.hup || s.exact, true
 	if len(c.pending) > 0 {
 		c.pending = c.pending[:len(c.pending)+n]
 		return c.pending, false, 0
