@@ -284,10 +284,11 @@ func (c *check) encrypted(ctx context.Context, conn net.Conn, p starttls.Protoco
 // tlsConfig takes any certificate: whether it is accepted is for the connections to say, that carry something. A backend
 // whose certificate is wrong is not down, and to call it that would hide what is wrong.
 func (c *check) tlsConfig() *tls.Config {
-	config := &tls.Config{InsecureSkipVerify: true, ServerName: c.name} // which is not sent if it is an address
-	if c.encryption != nil {
-		config.GetClientCertificate = c.encryption.show
+	config := &tls.Config{ServerName: c.name} // which is not sent if it is an address
+	if c.tls {
+		config = c.encryption.offer(c.name)
 	}
+	config.InsecureSkipVerify = true
 	return config
 }
 

@@ -86,6 +86,18 @@ func (e *encryption) show(cri *tls.CertificateRequestInfo) (*tls.Certificate, er
 	return served[0].TLS(), nil
 }
 
+// offer is what every handshake with a tls:// backend offers: of a connection and of a check, so that a check does not
+// succeed where connections fail.
+func (e *encryption) offer(name string) *tls.Config {
+	return &tls.Config{
+		ServerName:           name,
+		MinVersion:           e.minTLS,
+		CipherSuites:         suites12,
+		CurvePreferences:     groups,
+		GetClientCertificate: e.show,
+	}
+}
+
 // tickets are the sessions that a backend can be asked to resume. Handshakes take and put them off the loops.
 type tickets struct {
 	mu     sync.Mutex
@@ -264,18 +276,10 @@ func (h *encrypter) shake() {
 			h.err = &panicked{p}
 		}
 	}()
-	h.tls = tls.Client(&h.wire, &tls.Config{
-		ServerName:           h.name,
-		RootCAs:              h.how.roots,
-		InsecureSkipVerify:   h.how.unverified,
-		MinVersion:           h.how.minTLS,
-		CipherSuites:         suites12,
-		CurvePreferences:     groups,
-		NextProtos:           h.alpn,
-		GetClientCertificate: h.how.show,
-		ClientSessionCache:   h,
-		KeyLogWriter:         &h.secrets,
-	})
+	config := h.how.offer(h.name)
+	config.RootCAs, config.InsecureSkipVerify = h.how.roots, h.how.unverified
+	config.NextProtos, config.ClientSessionCache, config.KeyLogWriter = h.alpn, h, &h.secrets
+	h.tls = tls.Client(&h.wire, config)
 	if h.err = h.tls.Handshake(); h.err != nil {
 		return
 	}

@@ -224,8 +224,9 @@ var suites12 = []uint16{
 	tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 }
 
-// groups are the key exchanges, preferred first.
-var groups = []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256}
+// groups are the key exchanges, cheapest first. P-384 and P-521 cost ten times as much as X25519, and are for peers that
+// are held to them (CNSA, Suite B).
+var groups = []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256, tls.CurveP384, tls.CurveP521}
 
 func newProfile(g *Gateway, minTLS uint16, alpn []string) *profile {
 	p := &profile{gw: g, minTLS: minTLS, alpn: alpn, idle: make([][]*handshaker, len(g.loops))}

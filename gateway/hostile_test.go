@@ -349,7 +349,7 @@ func TestBrokenHandshakeIsTold(t *testing.T) {
 		"CBC only": {shake(func(c *tls.Config) {
 			c.MaxVersion, c.CipherSuites = tls.VersionTLS12, []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA}
 		}), "handshake_failed", "handshake_failure", "", "cipher suite", false},
-		"no shared group": {shake(func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.CurveP521} }),
+		"no shared group": {shake(func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.SecP384r1MLKEM1024} }),
 			"handshake_failed", "handshake_failure", "", "", false},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -215,6 +215,10 @@ func groupName(g tls.CurveID) string {
 		return ""
 	case tls.CurveP256:
 		return "P-256"
+	case tls.CurveP384:
+		return "P-384"
+	case tls.CurveP521:
+		return "P-521"
 	}
 	return g.String()
 }

@@ -107,12 +107,12 @@ type HandshakeKind struct {
 // The kinds of handshakes. The lists are closed, since they become labels of metrics.
 const (
 	tlsVersions = 2
-	tlsGroups   = 5
+	tlsGroups   = 7
 )
 
 var (
 	versionLabels = [tlsVersions]string{"1.2", "1.3"}
-	groupLabels   = [tlsGroups]string{"none", "X25519MLKEM768", "X25519", "P-256", "other"}
+	groupLabels   = [tlsGroups]string{"none", "X25519MLKEM768", "X25519", "P-256", "P-384", "P-521", "other"}
 )
 
 func groupIndex(id tls.CurveID) int {
@@ -125,8 +125,12 @@ func groupIndex(id tls.CurveID) int {
 		return 2
 	case tls.CurveP256:
 		return 3
+	case tls.CurveP384:
+		return 4
+	case tls.CurveP521:
+		return 5
 	}
-	return 4
+	return 6
 }
 
 func (n *counters) shookHands(r *report) {
