@@ -173,8 +173,22 @@ func (c *conn) encrypt() stage {
 	return c.stage
 }
 
+// serverOf is whose a handshake with a backend is; nil is the demo.
+func serverOf(c *conn) *server {
+	if c.dial == nil {
+		return nil
+	}
+	return c.dial.server
+}
+
 func (l *loop) startEncryption(c *conn) {
 	defer c.rescue()
+	begun := false
+	defer func() {
+		if !begun {
+			l.encryptQueue.leave(c, 1)
+		}
+	}()
 	hs, err := newEncrypter(c)
 	if err != nil {
 		c.stage = c.unannounced(err)
@@ -182,7 +196,7 @@ func (l *loop) startEncryption(c *conn) {
 		return
 	}
 	c.stage = encrypting
-	l.encrypting++
+	begun = true
 	l.active.Add(1)
 	c.dial.hs = hs
 	l.shakers.run(hs)
@@ -299,7 +313,7 @@ func (h *encrypter) takeKeys() (*session, error) {
 // done is back on the loop: the handshake is over, one way or the other.
 func (h *encrypter) done() {
 	l := h.conn.loop
-	l.encrypting--
+	l.encryptQueue.leave(h.conn, 1)
 	h.conn.encrypted(h)
 	l.startHandshakes()
 }

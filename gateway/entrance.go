@@ -26,7 +26,7 @@ const (
 	refusedConns                // conns=
 	refusedHandshakes           // handshakes=
 	refusedMaxConns             // TLSNAT_MAX_CONNS
-	refusedHandshakeAll         // TLSNAT_HANDSHAKES: shed, being the oldest that waits
+	refusedHandshakeAll         // TLSNAT_HANDSHAKES: dropped, being the oldest that waits of the address with the most hellos
 	refusedQueue                // max-conns= of every backend, and queue=
 	refusals
 )
@@ -496,14 +496,16 @@ func (g *Gateway) tables() []TableUsage {
 	if t := g.house.rates.Load(); t != nil {
 		rates = t.Usage(int64(time.Since(g.started)))
 	}
-	sources, queued, most := 0, 0, 0
+	sources, shaking, queued, most := 0, 0, 0, 0
 	for _, l := range g.loops {
 		sources += int(l.sampler.size.Load())
+		shaking += int(l.queue.held.Load())
 		queued += int(l.queue.n.Load())
 		most += l.maxInFlight()
 	}
 	return []TableUsage{
 		{"connections", int(g.open.Load()), int(g.maxConns.Load())},
+		{"handshakes", shaking, most},
 		{"handshake-queue", queued, most},
 		{"conns-per-ip", conns.Entries, conns.Limit},
 		{"rate-per-ip", rates.Entries, rates.Limit},

@@ -19,10 +19,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/gateway/record"
 )
 
-// turnQueue is where hellos wait for their turn to shake hands, oldest first.
+// turnQueue is where connections wait for their turn, oldest first.
 type turnQueue struct {
 	waiting []*conn
 	n       atomic.Int32 // of them, for those who are not on the loop
@@ -56,9 +57,12 @@ func (q *turnQueue) remove(c *conn) {
 // at hand when the first has to wait for its client, without the loop being asked.
 const computing = 2
 
-// queueHandshake lets the client shake hands when it is its turn: at once, as a rule. So many may compute, so many
-// more may wait for their client's answer, and as many hellos again wait here, at the cost of their bytes. When there
-// are more, the loop sheds the one that has waited longest: its client is the most likely to have given up.
+// sourceOf is whose a handshake is: one address, or one IPv6 network.
+func sourceOf(c *conn) netip.Prefix { return gate.Prefix64(c.report.source.Addr()) }
+
+// queueHandshake lets the client shake hands when it is its turn: at once, as a rule. At most computing handshakes compute,
+// maxInFlight are in progress, and as many hellos wait here, at the cost of their bytes. If there are more, the source with
+// the most of them loses its oldest: that client is the most likely to have given up.
 func (c *conn) queueHandshake() stage {
 	l := c.loop
 	entry := c.certificate()
@@ -66,18 +70,29 @@ func (c *conn) queueHandshake() stage {
 		return c.refuse(UnknownName, alertUnrecognizedName, c.noCertificate())
 	}
 	c.terms = &terms{entry: entry}
-	l.queue.push(c)
-	if len(l.queue.waiting) > l.maxInFlight() {
-		oldest := l.queue.pop()
-		oldest.refused(refusedHandshakeAll)
-		oldest.stage = oldest.refuse(Limited, alertInternalError, refusalTexts[refusedHandshakeAll])
-		if oldest == c {
-			return c.stage
-		}
-	}
 	c.stage = waitingTurn
+	l.queueHello(c)
 	l.startHandshakes()
 	return c.stage
+}
+
+// queueHello has a hello wait, and drops one if there are too many.
+func (l *loop) queueHello(c *conn) {
+	l.queue.push(c)
+	if int(l.queue.n.Load()) > l.maxInFlight() {
+		l.dropHello(refusedHandshakeAll)
+	}
+}
+
+// dropHello ends the connection of a hello that waits. Its client gets an alert, but nobody waits for that to be read: in a
+// flood those who linger would be more than those who are served.
+func (l *loop) dropHello(why refusal) {
+	c := l.queue.drop()
+	c.refused(why)
+	c.tell(Limited, refusalTexts[why])
+	c.report.alertSent = alertInternalError
+	_, _ = sysWrite(c.client.fd, []byte{21, 3, 3, 0, 2, 2, alertInternalError})
+	c.finish(Limited, "")
 }
 
 // awaitTurn waits for the turn. A client that resets its connection meanwhile costs no handshake.
@@ -106,10 +121,8 @@ func (c *conn) noCertificate() string {
 	return "the client sent no name, and it is not clear which certificate it should see: write cert=NAME into the rule"
 }
 
-// maxInFlight is the loop's part of TLSNAT_HANDSHAKES. A loop can shake hands for its own connections only, and sheds its
-// own oldest: how long a hello waits is what is before it by what its loop does in a second. With a bound for all
-// together one loop's queue could take all of it, its hellos would wait so many times as long, and then be shed for what
-// other loops' clients do.
+// maxInFlight is the loop's part of TLSNAT_HANDSHAKES. A loop can shake hands for its own connections only. With one bound
+// for all loops a single loop could take all of it, and the clients of the others would pay for that.
 func (l *loop) maxInFlight() int { return max(1, l.gw.settings.Handshakes/len(l.gw.loops)) }
 
 // turnFree says whether somebody waits for a turn and may have it.
@@ -117,36 +130,136 @@ func (l *loop) turnFree() bool {
 	return l.active.Load() < computing && (l.encryptionWaits() || l.handshakeWaits())
 }
 
+// encryptionWaits says whether a handshake with a server may begin. One server may have as many places as are free after
+// it: a server that does not answer takes half of them, two a third each, and there is always room for the others (Choudhury
+// and Hahne, "Dynamic queue length thresholds for shared-memory packet switches").
 func (l *loop) encryptionWaits() bool {
-	return len(l.encryptQueue.waiting) > 0 && l.encrypting < l.maxInFlight()
+	q := &l.encryptQueue
+	return q.n.Load() > 0 && q.fewest() < max(1, l.maxInFlight()-int(q.held.Load()))
 }
 
+// handshakeWaits says whether a handshake with a client may begin: when a place is free, or somebody silent has one.
 func (l *loop) handshakeWaits() bool {
-	return len(l.queue.waiting) > 0 && l.inFlight < l.maxInFlight()
+	return l.queue.n.Load() > 0 && (l.placeFree() || l.longestSilent() != nil)
 }
 
-// startHandshakes gives turns to those who wait for one; first to those who have shaken hands with their client
-// already, and need a backend.
+func (l *loop) placeFree() bool { return int(l.queue.held.Load()) < l.maxInFlight() }
+
+// startHandshakes gives turns to those who wait for one, to clients and servers by turns. A client whose rule does not
+// terminate costs no handshake of its own, so neither kind may go before the other.
 func (l *loop) startHandshakes() {
 	for l.turnFree() {
-		if l.encryptionWaits() {
-			l.startEncryption(l.encryptQueue.pop())
+		l.serverNext = !l.serverNext
+		if l.encryptionWaits() && (l.serverNext || !l.handshakeWaits()) {
+			l.startEncryption(l.encryptQueue.take())
 		} else {
-			l.startHandshake(l.queue.pop())
+			l.startHandshake()
 		}
 	}
 }
 
-func (l *loop) startHandshake(c *conn) {
+// startHandshake gives a place to the client that is next. It is that of the longest silent one if none is free.
+func (l *loop) startHandshake() {
+	if !l.placeFree() {
+		l.longestSilent().giveUpSilent()
+	}
+	l.endSilent()
+	l.giveTurn(l.queue.take())
+}
+
+// giveTurn begins the handshake of a client that has a place.
+func (l *loop) giveTurn(c *conn) {
 	defer c.rescue()
+	places := 1
+	defer func() {
+		if c.hs == nil { // it has not begun
+			l.queue.leave(c, places)
+		}
+	}()
 	hs := c.route.profile.handshaker(l)
+	if more := min(len(c.pending)/helloPlace, l.maxInFlight()-1); more > 0 {
+		l.queue.enlarge(c, more)
+		places += more
+	}
 	hs.begin(c)
+	hs.begun, hs.places = l.now, places
 	c.stage = shakingHands
-	c.setDeadline(int64(l.gw.settings.HelloTimeout))
-	l.inFlight++
-	l.active.Add(1)
+	c.setDeadline(l.patience())
 	c.hs = hs
+	l.begun = append(l.begun, c)
+	l.active.Add(1)
 	l.shakers.run(hs)
+}
+
+const (
+	// A handshake with a usual hello costs 16 KiB at most while it waits for its client, stack included
+	// (TestSilentHandshakesCostLittle). crypto/tls has a hello three times then, so larger ones have a place for each
+	// helloPlace bytes.
+	helloPlace = 4 << 10
+	// However crowded it is, a client has this long to answer: the slowest networks take half of it, and a packet that was
+	// lost is sent again after a second (RFC 6298, section 2).
+	leastPatience = int64(1500 * time.Millisecond)
+)
+
+// patience is how long a client may be silent, in nanoseconds: TLSNAT_HELLO_TIMEOUT while half of the places are free, then
+// less and less, down to leastPatience when none is.
+func (l *loop) patience() int64 {
+	most, half := int64(l.gw.settings.HelloTimeout), int64(l.maxInFlight()/2)
+	taken := min(int64(l.queue.held.Load())-half, half)
+	if taken <= 0 || most <= leastPatience {
+		return most
+	}
+	return most - (most-leastPatience)/half*taken
+}
+
+// endSilent ends handshakes whose clients have been silent for longer than is left to them now that there are more of them.
+// It looks at so many a handshake that begins: more than one, so that it catches up.
+func (l *loop) endSilent() {
+	const some = 4
+	for range some {
+		if len(l.begun) == 0 {
+			return
+		}
+		c := l.begun[0]
+		if l.now-c.hs.begun < l.patience() || !c.hs.wire.waits() {
+			return
+		}
+		c.giveUpSilent()
+	}
+}
+
+// longestSilent is who gives up their place for somebody who waits: of the source with the most places the client that has
+// been silent for longest; nil if nobody is. Those who compute are few, so that a few are looked at.
+func (l *loop) longestSilent() *conn {
+	const few = 4 * computing
+	all := l.queue.richest()
+	for _, c := range all[:min(len(all), few)] {
+		if c.hs.wire.waits() {
+			return c
+		}
+	}
+	return nil
+}
+
+// giveUpSilent ends a handshake whose client does not answer, and gives back its place at once.
+func (c *conn) giveUpSilent() {
+	l, silence := c.loop, time.Duration(c.loop.now-c.hs.begun)
+	if !c.report.told {
+		c.report.hurried = silence < l.gw.settings.HelloTimeout
+		l.counters.silent.Add(1)
+	}
+	c.giveUpHandshake(fmt.Sprintf("the client did not answer within %v (%sHELLO_TIMEOUT; less while many are silent)", silence.Round(time.Millisecond), Prefix))
+	c.leavePlaces()
+}
+
+// leavePlaces gives back what a handshake has taken, once.
+func (c *conn) leavePlaces() {
+	l, h := c.loop, c.hs
+	if h.places > 0 {
+		l.begun = deleteAt(l.begun, lastIndex(l.begun, c))
+		l.queue.leave(c, h.places)
+		h.places = 0
+	}
 }
 
 // handshakesWait says whether a turn that becomes free is wanted. It may be asked off the loop.
@@ -195,6 +308,15 @@ func (c *conn) nudgeHandshake() stage {
 	}
 	c.hs.wire.nudge()
 	return shakingHands
+}
+
+// handshakeDue is the end of the patience with a client. If it has answered just now, its handshake goes on.
+func (c *conn) handshakeDue() {
+	if c.report.told || c.hs.wire.waits() {
+		c.giveUpSilent()
+		return
+	}
+	c.setDeadline(int64(time.Second))
 }
 
 // giveUpHandshake ends a handshake that takes too long. Its goroutine holds the descriptor: it's woken by the end of
@@ -274,6 +396,8 @@ type handshaker struct {
 	wire    wire
 
 	// of the handshake that is running
+	begun   int64 // loop nanoseconds
+	places  int   // that it has taken
 	conn    *conn
 	entry   *certs.Entry
 	tickets *tls.Config // holds the ticket keys
@@ -351,6 +475,8 @@ func (h *handshaker) run() {
 	h.conn.loop.post(h.done)
 }
 
+// shake has a small frame: it is on the stack of every handshake that waits for its client, and with what finished has in it the
+// collector could not halve that stack.
 func (h *handshaker) shake() {
 	defer func() {
 		if p := recover(); p != nil {
@@ -358,11 +484,16 @@ func (h *handshaker) shake() {
 		}
 	}()
 	tc := tls.Server(&h.wire, h.config)
-	if h.err = tc.Handshake(); h.err != nil {
-		h.findAlert(tc.ConnectionState().CipherSuite)
+	h.err = tc.Handshake()
+	h.finished(tc)
+}
+
+//go:noinline
+func (h *handshaker) finished(tc *tls.Conn) {
+	if h.state = tc.ConnectionState(); h.err != nil {
+		h.findAlert(h.state.CipherSuite)
 		return
 	}
-	h.state = tc.ConnectionState()
 	h.session, h.err = h.takeKeys()
 }
 
@@ -430,8 +561,8 @@ func (s *secrets) keys(state *tls.ConnectionState, w *wire, role record.Role) (c
 
 // done is back on the loop: the handshake is over, one way or the other.
 func (h *handshaker) done() {
+	h.conn.leavePlaces()
 	l := h.conn.loop
-	l.inFlight--
 	h.conn.shook(h)
 	l.startHandshakes()
 }
@@ -562,6 +693,7 @@ type wire struct {
 
 	in, out follower    // what crypto/tls was handed, and what it wrote
 	gaveUp  atomic.Bool // nobody waits for the handshake any more
+	silent  atomic.Bool // the handshake waits for its peer
 }
 
 var errGaveUp = errors.New("given up")
@@ -615,12 +747,26 @@ func (w *wire) compute(on bool) {
 	}
 }
 
-// await waits for the loop's word that the socket has news.
+// await waits for the loop's word that the socket has news. Most of the memory that is not needed meanwhile is given back:
+// a peer that never answers must not cost more than it has to.
 func (w *wire) await() {
-	w.compute(false)
+	if len(w.buf) == 0 {
+		w.buf = nil
+	}
+	if last := w.out.last; cap(last) > 4*len(last) { // it had a certificate in it
+		w.out.last = append([]byte(nil), last...)
+	}
+	w.silent.Store(true)
+	if w.compute(false); w.loop.handshakesWait() {
+		w.loop.poll.wake() // for its place
+	}
 	<-w.news
+	w.silent.Store(false)
 	w.drained = false
 }
+
+// waits says whether the handshake waits for its peer, and that has not just said something.
+func (w *wire) waits() bool { return w.silent.Load() && len(w.news) == 0 }
 
 // Read hands out bytes of one record at a time.
 func (w *wire) Read(p []byte) (int, error) {
@@ -657,12 +803,12 @@ func (w *wire) fill() error {
 		w.buf = w.buf[:copy(w.buf, w.buf[w.off:])]
 		w.off = 0
 	}
-	if cap(w.buf)-len(w.buf) < 512 {
-		w.buf = append(make([]byte, 0, max(wireBuffer, 2*cap(w.buf))), w.buf...)
-	}
 	for {
 		if w.drained {
 			w.await()
+		}
+		if cap(w.buf)-len(w.buf) < 512 {
+			w.buf = append(make([]byte, 0, max(wireBuffer, 2*cap(w.buf))), w.buf...)
 		}
 		room := w.buf[len(w.buf):cap(w.buf)]
 		n, e := sysRead(w.fd, room)

@@ -641,48 +641,6 @@ func TestConnectionsBeyondMaxConnsAreTurnedAway(t *testing.T) {
 	exchange(t, b.dialTLS(t, 0, nil), []byte("room again"))
 }
 
-// TestOldestHelloIsShed when more hellos wait than TLSNAT_HANDSHAKES; and one whose client has left has no turn.
-func TestOldestHelloIsShed(t *testing.T) {
-	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=2", "LOOPS=1")
-	hello := clientHello(t, nil)
-	var busy [2]*stalled
-	for i := range busy { // they have their turn, and use it
-		busy[i] = &stalled{Conn: b.dial(t, 0), asked: make(chan struct{}), resume: make(chan struct{})}
-		c := tls.Client(busy[i], clientConfig(t, nil))
-		busy[i].done = make(chan error, 1)
-		go func() { busy[i].done <- c.Handshake() }()
-		<-busy[i].asked
-	}
-	var waiting [3]*net.TCPConn
-	for i := range waiting {
-		waiting[i] = b.dial(t, 0)
-		if _, err := waiting[i].Write(hello); err != nil {
-			t.Fatal(err)
-		}
-	}
-	answer, err := io.ReadAll(waiting[0])
-	if want := []byte{21, 3, 3, 0, 2, 2, byte(record.AlertInternalError)}; err != nil || !bytes.Equal(answer, want) {
-		t.Errorf("the oldest got %x, %v; want %x", answer, err, want)
-	}
-	_ = waiting[0].Close()
-	if l := b.lineOf(t, waiting[0]); l.Outcome != "limited" || l.Stage != "handshake_queue" || l.SNI != "edge.test" {
-		t.Errorf("line: %s", l)
-	}
-	reset(waiting[1])
-	b.lineOf(t, waiting[1]).expect(t, logLine{Outcome: "client_reset", Stage: "handshake_queue"})
-	for _, s := range busy {
-		close(s.resume)
-		if err := <-s.done; err != nil {
-			t.Error(err)
-		}
-	}
-	for _, c := range waiting[2:] {
-		if _, err := io.ReadFull(c, make([]byte, 600)); err != nil {
-			t.Errorf("one that waited for its turn: %v", err)
-		}
-	}
-}
-
 // TestForgedLengthCostsNoMemory: what a length field claims is not believed until it has arrived.
 func TestForgedLengthCostsNoMemory(t *testing.T) {
 	b := start(t, ":{0} edge.test -> "+echoServer(t))

@@ -193,10 +193,13 @@ func zoneIndex(zone string) uint32 {
 
 // ready is told that connections wait. One is accepted at a time: the poller tells again while there are more, and a
 // second accept that finds nothing would cost as much as the first. But where one was turned away there are more: then
-// it is not worth the others' while to look at the poller between any two of them.
+// it is not worth the others' while to look at the poller between any two of them. The same holds while hellos wait for their
+// turn: handshakes get the processor after each round, and the kernel's backlog has one queue for all sources. A client
+// must not wait there behind a flood, but get into the queue that serves sources by turns.
 func (ln *listener) ready(*socket, uint32) {
+	l := ln.loop
 	for range turnedAway {
-		if refused := ln.loop.refusedNow; !ln.accept() || ln.loop.refusedNow == refused {
+		if refused := l.refusedNow; !ln.accept() || l.refusedNow == refused && l.queue.n.Load() == 0 {
 			return
 		}
 	}

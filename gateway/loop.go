@@ -5,6 +5,7 @@ package gateway
 import (
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,10 +39,10 @@ type loop struct {
 	hello      sni.Hello    // of the connection that is being matched
 	lent       lender
 	pipes      pipes
-	refusedNow uint32 // connections that begin has turned away
+	refusedNow uint32    // connections that begin has turned away
+	arrivals   []arrival // the oldest first
 	pacer      pacer
 	sampler    sampler
-	queue      turnQueue
 	shakers    shakers
 	fields     []zap.Field           // of the line that is being logged
 	rounds     []uint32              // per route: how far the round-robin is
@@ -49,11 +50,11 @@ type loop struct {
 	waiting    atomic.Int32          // in queues
 	called     atomic.Bool           // to serve them
 
-	active   atomic.Int32 // handshakes that compute right now
-	inFlight int          // handshakes begun and not finished, those that wait for the client included
-
-	encryptQueue turnQueue // where those wait that shake hands with a backend,
-	encrypting   int       // and how many have begun
+	active       atomic.Int32               // handshakes that compute right now
+	queue        turns[netip.Prefix, *conn] // handshakes with clients, by their addresses
+	begun        []*conn                    // who has a place of them, the oldest first
+	encryptQueue turns[*server, *conn]      // handshakes with servers
+	serverNext   bool                       // a server's is the next one, if both wait
 
 	counters counters
 	ended    endedRing // the last connections that are over, for the admin: with outcome ok,
@@ -79,6 +80,7 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 	}
 	l := &loop{index: index, gw: g, poll: p, most: noEnd, conns: map[*conn]struct{}{}, queues: map[*route]*turnQueue{}, scratch: make([]byte, scratchSize),
 		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan shaker)}}
+	l.queue, l.encryptQueue = newTurns(sourceOf), newTurns(serverOf)
 	l.tick()
 	l.looks.sure = l.now
 	l.wheel.done, l.pacer.done = l.now>>tickShift, l.now>>paceShift
@@ -202,7 +204,7 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		return
 	}
 	c.gen.open.Add(1)
-	if l.gw.open.Add(1) > l.gw.maxConns.Load() {
+	if l.gw.open.Add(1) > l.gw.maxConns.Load() && !l.makeRoom() {
 		l.gw.open.Add(-1)
 		l.turnAway(c, refusedMaxConns)
 		return
@@ -219,10 +221,62 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		c.finish(Internal, err.Error())
 		return
 	}
+	l.noteArrival(&c.client)
 	c.setDeadline(int64(l.gw.settings.HelloTimeout))
 	if c.port.eager && c.stage != readingProxy {
 		c.advance() // nothing to be read before this one goes on
 	}
+}
+
+// arrival is a connection that was accepted, if the socket still has the generation. It does not keep the connection's memory.
+type arrival struct {
+	slot uint32
+	gen  uint32
+}
+
+// noteArrival remembers who came when. Those at the front who are further than their hello are forgotten, and when most of the
+// others are, too, so are they.
+func (l *loop) noteArrival(s *socket) {
+	for len(l.arrivals) > 0 && l.arriving(l.arrivals[0]) == nil {
+		l.arrivals = deleteAt(l.arrivals, 0)
+	}
+	const few = 1024
+	if len(l.arrivals) > few+2*len(l.conns) {
+		l.arrivals = slices.DeleteFunc(l.arrivals, func(a arrival) bool { return l.arriving(a) == nil })
+	}
+	l.arrivals = append(l.arrivals, arrival{s.slot, s.gen})
+}
+
+// arriving is the connection of an arrival, as long as its hello is not there.
+func (l *loop) arriving(a arrival) *conn {
+	if s := l.socks.at(int32(a.slot), a.gen); s != nil {
+		if c, ok := s.owner.(*conn); ok && c.stage <= readingHello && s == &c.client {
+			return c
+		}
+	}
+	return nil
+}
+
+// makeRoom ends a connection that is no session yet, when TLSNAT_MAX_CONNS are open: the handshake that is silent for longest,
+// else a hello that waits, else whoever has not said hello for longest. Silence must not shut out those who speak.
+func (l *loop) makeRoom() bool {
+	if c := l.longestSilent(); c != nil {
+		c.giveUpSilent()
+		return true
+	}
+	if l.queue.n.Load() > 0 {
+		l.dropHello(refusedMaxConns)
+		return true
+	}
+	for len(l.arrivals) > 0 {
+		c := l.arriving(l.arrivals[0])
+		l.arrivals = deleteAt(l.arrivals, 0)
+		if c != nil {
+			c.shut(refusedMaxConns)
+			return true
+		}
+	}
+	return false
 }
 
 // turnAway ends a connection that has not begun.

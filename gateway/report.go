@@ -44,6 +44,7 @@ type report struct {
 	halves     uint8 // reading and writing halves that speak TLS,
 	inKernel   uint8 // and how many of them the kernel carried in the end
 	byBackend  bool  // the alerts are those of the backend's connection
+	hurried    bool  // its handshake had less time to answer than TLSNAT_HELLO_TIMEOUT
 
 	backendResumed bool
 	backendVersion uint16 // of TLS; 0: it is spoken to in plain TCP
@@ -260,6 +261,7 @@ type counters struct {
 
 	outcomes   [outcomes]atomic.Uint64
 	refused    [refusals]atomic.Uint64
+	silent     atomic.Uint64                            // handshakes that ended because the client never answered
 	unlogged   atomic.Uint64                            // lines that the sampler kept back
 	paused     atomic.Uint64                            // times that a stream waited for its bandwidth
 	handshakes [tlsVersions][tlsGroups][2]atomic.Uint64 // the last index is 1 for resumed ones

@@ -21,7 +21,7 @@ var faults = []struct {
 	}},
 	{"a deadline", func(s *still, c *conn) func() {
 		c.stage, c.route = relaying, nil
-		return func() { s.wheel.set(c, s.now); s.wheel.fire(s.now+2<<tickShift, (*conn).due) }
+		return func() { s.wheel.set(c, s.now); s.fireAll(s.now + 2<<tickShift) }
 	}},
 	{"a turn", func(s *still, c *conn) func() {
 		c.stage, c.route = relaying, nil
@@ -43,19 +43,23 @@ var faults = []struct {
 		return s.startHandshakes
 	}},
 	{"its turn to shake hands with a backend", func(s *still, c *conn) func() {
-		c.stage, c.dial = waitingEncryption, nil
+		c.stage, c.dial = waitingEncryption, &dialling{rival: socket{fd: -1}} // to no backend
 		s.encryptQueue.push(c)
 		return s.startHandshakes
 	}},
 	{"the end of a handshake", func(s *still, c *conn) func() {
-		h := &handshaker{conn: c} // of no profile
+		s.queue.push(c)
+		s.queue.take()
+		h := &handshaker{conn: c, places: 1} // of no profile
 		c.stage, c.hs = shakingHands, h
-		s.inFlight++
+		s.begun = append(s.begun, c)
 		return func() { s.post(h.done); s.runPosted() }
 	}},
 	{"the end of a handshake with a backend", func(s *still, c *conn) func() {
-		c.stage, c.dial = encrypting, nil
-		s.encrypting++
+		c.dial = &dialling{rival: socket{fd: -1}}
+		s.encryptQueue.push(c)
+		s.encryptQueue.take()
+		c.stage, c.route = encrypting, nil
 		return func() { s.post((&encrypter{conn: c}).done); s.runPosted() }
 	}},
 	{"room at a backend", func(s *still, c *conn) func() {
@@ -103,7 +107,7 @@ func TestFaultEndsItsConnection(t *testing.T) {
 			f.plant(s, c)()
 			s.runPosted() // nobody comes back to it
 			s.serveLater()
-			s.wheel.fire(s.loop.now+1<<40, (*conn).due)
+			s.fireAll(s.loop.now + 1<<40)
 			if c.stage != over || c.client.fd >= 0 || c.backend.fd >= 0 {
 				t.Errorf("it is at %s", c.stage)
 			}
@@ -113,9 +117,9 @@ func TestFaultEndsItsConnection(t *testing.T) {
 			if _, there := s.conns[other]; !there || len(s.conns) != 1 || s.open.Load() != 1 || c.gen.open.Load() != 1 {
 				t.Errorf("%d connections are left, %d and %d are counted", len(s.conns), s.open.Load(), c.gen.open.Load())
 			}
-			if s.inFlight != 0 || s.encrypting != 0 || s.active.Load() != 0 || len(s.queue.waiting)+len(s.encryptQueue.waiting) != 0 ||
+			if s.queue.held.Load() != 0 || s.encryptQueue.held.Load() != 0 || s.active.Load() != 0 || s.queue.n.Load()+s.encryptQueue.n.Load() != 0 ||
 				len(s.queues) != 0 || s.waiting() != 0 {
-				t.Errorf("it is still counted: %d, %d, %d", s.inFlight, s.encrypting, s.active.Load())
+				t.Errorf("it is still counted: %d, %d, %d", s.queue.held.Load(), s.encryptQueue.held.Load(), s.active.Load())
 			}
 			if n := len(available(client)); n != 0 {
 				t.Errorf("the client got %d bytes", n)
@@ -125,6 +129,13 @@ func TestFaultEndsItsConnection(t *testing.T) {
 			}
 			other.finish(OK, "")
 		})
+	}
+}
+
+// fireAll has everything done that is due by a time.
+func (s *still) fireAll(by int64) {
+	for c := s.wheel.take(by); c != nil; c = s.wheel.take(by) {
+		c.due()
 	}
 }
 

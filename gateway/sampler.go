@@ -16,7 +16,8 @@ const (
 	// What did not become a session is logged in full for so many connections of one source and outcome in sampleTime:
 	// enough to see what is wrong with a client.
 	sampleLines = 100
-	// An address that the gate turns away has one line: they are all alike, and come in floods.
+	// An address that the gate turns away has one line, and so has one that is silent while many are: they are all alike, and
+	// come in floods.
 	refusedLines = 1
 	sampleTime   = time.Minute
 	// Sources of whom a loop remembers how many lines they had; those beyond are counted together. With it a loop logs
@@ -81,7 +82,7 @@ func (s *sampler) take(l *loop, r *report) bool {
 		s.flusher = time.AfterFunc(sampleTime, func() { l.post(func() { s.flush(l) }) })
 	}
 	limit := sampleLines
-	if r.refusal.byAddress() {
+	if r.refusal.byAddress() || r.hurried {
 		limit = refusedLines
 	}
 	if x.lines < limit {

@@ -37,13 +37,13 @@ type Settings struct {
 
 	Loops      int            `env:"LOOPS" doc:"Event loops. Default: as many as the process may use CPUs."`
 	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files allows."`
-	Handshakes int            `env:"HANDSHAKES" envDefault:"1024" doc:"TLS handshakes at once that wait for the client's next message. As many hellos again wait for their turn; beyond that the oldest is shed. As many again may be under way with tls:// backends. Each loop has an equal part of it."`
+	Handshakes int            `env:"HANDSHAKES" envDefault:"4096" doc:"TLS handshakes in progress, nearly all of which wait for the client's answer, at up to 16 KiB each. If all are taken, the address with the most of them loses the one that is silent for longest. As many ClientHellos may wait for their turn, and as many handshakes with tls:// backends may be in progress. Each loop has an equal part of it."`
 	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
 	Resolver   string         `env:"RESOLVER" doc:"Address and port of the DNS server that is asked for the names of backends. Default: those in /etc/resolv.conf."`
 	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken, with clients and with tls:// backends: 1.2 or 1.3."`
 	KTLS       string         `env:"KTLS" envDefault:"auto" doc:"auto: the kernel opens and seals TLS for connections that stream, where it can; off: never."`
 
-	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"From accept until the ClientHello is there (a PROXY header included), and again until the handshake is done."`
+	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"From accept until the ClientHello is there (a PROXY header included), and again until the handshake is done; for that it is less, down to 1.5s, while more than half of TLSNAT_HANDSHAKES are in progress."`
 	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"To reach a backend, all that are tried together, and to shake hands with a tls:// one."`
 	IdleTimeout    time.Duration `env:"IDLE_TIMEOUT" envDefault:"15m" doc:"A connection on which nothing moves for as long is ended."`
 	LingerTimeout  time.Duration `env:"LINGER_TIMEOUT" envDefault:"1m" doc:"The same once one side has ended its stream and the other has not: silence for as long ends it."`

@@ -92,6 +92,7 @@ type HandshakeCounts struct {
 	Full    uint64          `json:"full"`
 	Resumed uint64          `json:"resumed"`
 	Queued  int             `json:"queued"` // hellos that wait for their turn
+	Silent  uint64          `json:"silent"` // handshakes that ended because the client never answered
 	Kinds   []HandshakeKind `json:"kinds"`
 }
 
@@ -207,6 +208,7 @@ func (g *Gateway) sum(s *Status) {
 }
 
 func (g *Gateway) sumHandshakes(h *HandshakeCounts) {
+	h.Silent = g.total(func(n *counters) *atomic.Uint64 { return &n.silent })
 	for _, l := range g.loops {
 		h.Queued += int(l.queue.n.Load())
 	}

@@ -151,7 +151,7 @@ func (c *conn) due() {
 		l.queue.remove(c)
 		c.finish(Limited, "waited too long for its turn to shake hands")
 	case c.stage == shakingHands:
-		c.giveUpHandshake("the client did not answer within TLSNAT_HELLO_TIMEOUT")
+		c.handshakeDue()
 	case c.stage == connecting:
 		c.stage = c.connectDue()
 		c.advance()

@@ -80,6 +80,8 @@ var plainMetrics = []struct {
 		func(s *gateway.Status) float64 { return float64(s.Bytes.Spliced) }},
 	{desc("handshakes_waiting", "ClientHellos that wait for their turn to shake hands."), prometheus.GaugeValue,
 		func(s *gateway.Status) float64 { return float64(s.Handshakes.Queued) }},
+	{desc("handshakes_silent_total", "TLS handshakes that ended because the client never answered."), prometheus.CounterValue,
+		func(s *gateway.Status) float64 { return float64(s.Handshakes.Silent) }},
 	{desc("accept_pauses_total", "Times that accepting rested, being out of descriptors or memory."), prometheus.CounterValue,
 		func(s *gateway.Status) float64 { return float64(s.AcceptPauses) }},
 	{desc("log_lines_dropped_total", "Log lines dropped because whatever they are written to did not take them."), prometheus.CounterValue,

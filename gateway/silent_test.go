@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway_test
+
+import (
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// silent says hello and nothing more. It returns when the server's flight is there, so that its silence has begun.
+func silent(t testing.TB, c net.Conn, hello []byte) net.Conn {
+	t.Helper()
+	if _, err := c.Write(hello); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(c, make([]byte, 100)); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// slowClient is a client that shakes hands, and answers the server only when it is told to.
+func slowClient(t testing.TB, c net.Conn) *stalled {
+	t.Helper()
+	s := &stalled{Conn: c, asked: make(chan struct{}), resume: make(chan struct{}), done: make(chan error, 1)}
+	go func() { s.done <- tls.Client(s, clientConfig(t, nil)).Handshake() }()
+	<-s.asked
+	return s
+}
+
+func (c *stalled) goOn() error {
+	close(c.resume)
+	return <-c.done
+}
+
+// TestLongestSilentHandshakeGoesFirst: when all places are taken, a hello that waits gets that of who was silent for longest.
+func TestLongestSilentHandshakeGoesFirst(t *testing.T) {
+	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=2", "LOOPS=1")
+	oldest := slowClient(t, b.dial(t, 0))
+	other := slowClient(t, b.dial(t, 0))
+	exchange(t, b.dialTLS(t, 0, nil), []byte("let in"))
+	if l := b.lineOf(t, oldest.Conn); l.Outcome != "handshake_failed" || !strings.Contains(l.Error, "did not answer") {
+		t.Errorf("line: %s", l)
+	}
+	_ = oldest.goOn() // the server's word that it is over may be on its way
+	if err := other.goOn(); err != nil {
+		t.Errorf("the other one: %v", err)
+	}
+	if n := b.gateway.Status().Handshakes.Silent; n != 1 {
+		t.Errorf("%d are counted as silent", n)
+	}
+}
+
+// TestSilentHandshakesShutNobodyOut: who says hello and never answers takes places from nobody but itself, however often it does,
+// whether it is seen or is named in a PROXY header; clients of its own address are served as well.
+func TestSilentHandshakesShutNobodyOut(t *testing.T) {
+	const places, flood, honest = 8, 120, 20
+	for _, way := range []struct{ name, proxyFrom string }{{"seen", ""}, {"behind a PROXY header", "127.0.0.0/8"}} {
+		t.Run(way.name, func(t *testing.T) {
+			b := start(t, ":{0} edge.test -> "+echoServer(t), fmt.Sprintf("HANDSHAKES=%d", places), "LOOPS=1", "PROXY_FROM="+way.proxyFrom)
+			dial := func(source string) net.Conn {
+				if way.proxyFrom == "" {
+					return dialFrom(t, source, b.addr(0))
+				}
+				c := b.dial(t, 0)
+				if _, err := fmt.Fprintf(c, "PROXY TCP4 %s 127.0.0.1 4711 443\r\n", source); err != nil {
+					t.Fatal(err)
+				}
+				return c
+			}
+			hello := clientHello(t, nil)
+			slow := slowClient(t, dial("127.0.3.1"))
+			for i := range flood {
+				silent(t, dial("127.0.3.66"), hello)
+				if i*honest/flood != (i+1)*honest/flood {
+					exchange(t, tls.Client(dial(fmt.Sprintf("127.0.4.%d", 1+i)), clientConfig(t, nil)), []byte("from elsewhere"))
+					exchange(t, tls.Client(dial("127.0.3.66"), clientConfig(t, nil)), []byte("from the same address"))
+				}
+			}
+			if err := slow.goOn(); err != nil {
+				t.Errorf("a slow client: %v", err)
+			}
+			status := b.gateway.Status()
+			if n := status.Handshakes.Silent; n < flood-places || n > flood {
+				t.Errorf("%d were ended, being silent", n)
+			}
+			if n := status.Gate.Refused["handshake-queue"]; n != 0 {
+				t.Errorf("%d hellos were dropped", n)
+			}
+			lines := 0
+			for _, l := range b.log.all() {
+				if strings.HasPrefix(l.Client, "127.0.3.66") && l.Outcome == "handshake_failed" && l.Count == 0 {
+					lines++
+				}
+			}
+			if lines != 1 {
+				t.Errorf("%d lines about clients that never answered, want one", lines)
+			}
+		})
+	}
+}
+
+// TestManySilentSourcesShutNobodyOut: the same from more addresses than there are places.
+func TestManySilentSourcesShutNobodyOut(t *testing.T) {
+	const sources = 250
+	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=32", "LOOPS=2")
+	hello := clientHello(t, nil)
+	for i := range 2 * sources {
+		silent(t, dialFrom(t, fmt.Sprintf("127.0.5.%d", 1+i%sources), b.addr(0)), hello)
+		if i%25 == 0 {
+			exchange(t, tls.Client(dialFrom(t, "127.0.6.1", b.addr(0)), clientConfig(t, nil)), []byte("served"))
+		}
+	}
+	if n := b.gateway.Status().Handshakes.Silent; n < 2*sources-32 {
+		t.Errorf("%d were ended, being silent", n)
+	}
+}
+
+// TestDripsAreSilence: bytes that are no answer do not save a handshake, neither from its deadline nor from who needs its place.
+func TestDripsAreSilence(t *testing.T) {
+	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=1", "LOOPS=1")
+	c := silent(t, b.dial(t, 0), clientHello(t, nil))
+	for _, drip := range []byte{22, 3, 3, 4} {
+		if _, err := c.Write([]byte{drip}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exchange(t, b.dialTLS(t, 0, nil), []byte("let in"))
+	if l := b.lineOf(t, c); l.Outcome != "handshake_failed" {
+		t.Errorf("line: %s", l)
+	}
+}
+
+// TestLargeHellosTakeMorePlaces: a silent handshake costs what its hello has three times over, and counts as that.
+func TestLargeHellosTakeMorePlaces(t *testing.T) {
+	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=8", "LOOPS=1")
+	large := clientHello(t, func(c *tls.Config) { c.NextProtos = slices.Repeat([]string{strings.Repeat("x", 200)}, 70) })
+	first := silent(t, dialFrom(t, "127.0.7.1", b.addr(0)), large)
+	for _, table := range b.gateway.Status().Gate.Tables {
+		if table.Name == "handshakes" && (table.Entries != 1+len(large)/4096 || table.Limit != 8) {
+			t.Errorf("a hello of %d bytes: %+v", len(large), table)
+		}
+	}
+	var slow []*stalled
+	for i := range 4 {
+		slow = append(slow, slowClient(t, dialFrom(t, fmt.Sprintf("127.0.7.%d", 2+i), b.addr(0))))
+	}
+	silent(t, dialFrom(t, "127.0.7.10", b.addr(0)), large)
+	slow = append(slow, slowClient(t, dialFrom(t, "127.0.7.11", b.addr(0))))
+	b.lineOf(t, first)
+	for _, s := range slow {
+		if err := s.goOn(); err != nil {
+			t.Errorf("a small one: %v", err)
+		}
+	}
+	if n := b.gateway.Status().Handshakes.Silent; n != 2 {
+		t.Errorf("%d were ended, want both large ones", n)
+	}
+}
+
+// TestSilenceMakesRoom: when TLSNAT_MAX_CONNS are open, a client that says nothing, half a hello, or nothing behind its hello gives
+// way to one that comes; sessions never do.
+func TestSilenceMakesRoom(t *testing.T) {
+	const limit = 8
+	hello := clientHello(t, nil)
+	for name, say := range map[string]func(*testing.T, net.Conn){
+		"nothing":      func(*testing.T, net.Conn) {},
+		"half a hello": func(t *testing.T, c net.Conn) { _, _ = c.Write(hello[:len(hello)/2]) },
+		"a hello":      func(t *testing.T, c net.Conn) { silent(t, c, hello) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := start(t, ":{0} edge.test -> "+echoServer(t), fmt.Sprintf("MAX_CONNS=%d", limit), "LOOPS=1")
+			session := b.dialTLS(t, 0, nil)
+			exchange(t, session, []byte("a session"))
+			for i := range 10 * limit {
+				say(t, dialFrom(t, "127.0.3.66", b.addr(0)))
+				if i%limit == 0 {
+					c := tls.Client(dialFrom(t, "127.0.4.1", b.addr(0)), clientConfig(t, nil))
+					exchange(t, c, []byte("served"))
+					_ = c.Close()
+				}
+			}
+			exchange(t, session, []byte("not disturbed"))
+		})
+	}
+}
