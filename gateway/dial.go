@@ -439,7 +439,7 @@ func (c *conn) connected() stage {
 	d := c.dial
 	c.backend.writable = true
 	if d.server != nil {
-		d.server.answered()
+		d.server.total.Add(1)
 	}
 	c.report.connectTime = c.loop.now - d.started
 	if b := d.backend; b.speaks != starttls.Off && !b.inside && !c.cancels {
@@ -458,6 +458,7 @@ func (c *conn) reached() stage {
 
 // found is the end of the search. The line says which backends were tried in vain before.
 func (c *conn) found() stage {
+	c.dial.server.works()
 	c.reports(c.dial.name())
 	c.report.err = strings.Join(c.dial.errs, "; ")
 	return greeting

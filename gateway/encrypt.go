@@ -197,6 +197,7 @@ func (l *loop) startEncryption(c *conn) {
 	}
 	c.stage = encrypting
 	begun = true
+	c.setDeadline(max(c.dial.share(c), int64(c.route.connect)/4)) // however long it has waited for its turn
 	l.active.Add(1)
 	c.dial.hs = hs
 	l.shakers.run(hs)
@@ -249,6 +250,7 @@ type encrypter struct {
 	began   int64                   // loop nanoseconds
 
 	why     string // it was given up
+	late    bool   // because it took too long: that is the server's fault
 	state   tls.ConnectionState
 	session *session
 	err     error
@@ -337,8 +339,24 @@ func (c *conn) encrypted(h *encrypter) {
 	case encryptionOK:
 		h.handOver(c)
 	default:
+		if h.late {
+			c.blame(c.dial.server, why)
+		}
 		c.stage = c.nextBackend(why)
 		c.advance()
+	}
+}
+
+// encryptionDue is the end of the patience with a backend. If it has answered just now, its handshake goes on.
+func (c *conn) encryptionDue() {
+	h := c.dial.hs
+	switch {
+	case h.why != "": // it was given up before
+	case h.wire.waits():
+		h.late = true
+		c.giveUpEncryption("no answer to the TLS handshake in time")
+	default:
+		c.setDeadline(int64(time.Second))
 	}
 }
 

@@ -103,10 +103,10 @@ func (s *server) reserve(limit int64) bool {
 	}
 }
 
-// answered notes a connect that succeeded.
-func (s *server) answered() {
-	s.total.Add(1)
-	if s.inRow.Load() != 0 {
+// works ends a row of failures. That a connect succeeded is not enough for a server that has to speak first: the kernel takes
+// connections for a process that hangs.
+func (s *server) works() {
+	if s != nil && s.inRow.Load() != 0 {
 		s.inRow.Store(0)
 	}
 }

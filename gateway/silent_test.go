@@ -10,6 +10,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/tlsnat/tlsnat/gateway"
 )
 
 // silent says hello and nothing more. It returns when the server's flight is there, so that its silence has begun.
@@ -188,4 +191,61 @@ func TestSilenceMakesRoom(t *testing.T) {
 			exchange(t, session, []byte("not disturbed"))
 		})
 	}
+}
+
+// hungServer takes connections and never says a word.
+func hungServer(t testing.TB) string {
+	return serve(t, func(c *net.TCPConn) { _, _ = io.Copy(io.Discard, c) })
+}
+
+// tlsEcho echoes inside TLS.
+func tlsEcho(t testing.TB) string {
+	return serve(t, func(c *net.TCPConn) {
+		s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{pki(t).leaves["edge-ecdsa"].certificate(pki(t))}})
+		_, _ = io.Copy(s, s)
+	})
+}
+
+// TestHungServerDelaysItsOwnClients: a server that does not answer handshakes holds up nobody who goes to another one.
+func TestHungServerDelaysItsOwnClients(t *testing.T) {
+	b := start(t, ":{0} -> tls://"+hungServer(t)+" mode=tcp connect=1h backend-verify=off\n:{1} -> tls://"+hungServer(t)+" mode=tcp connect=1h backend-verify=off\n"+
+		":{2} -> tls://"+tlsEcho(t)+" mode=tcp backend-verify=off", "HANDSHAKES=8", "LOOPS=1")
+	const waiting = 40
+	for i := range waiting {
+		b.dial(t, i%2)
+	}
+	for deadline := time.Now().Add(patience); len(b.stages(t, "backend_tls_queue")) < waiting-8 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	for range 10 {
+		exchange(t, b.dial(t, 2), []byte("from another server"))
+	}
+	if n := len(b.stages(t, "backend_tls")); n < 4 || n > 7 {
+		t.Errorf("%d of 8 places are the hung servers'", n)
+	}
+	if n := len(b.stages(t, "backend_tls")) + len(b.stages(t, "backend_tls_queue")); n != waiting {
+		t.Errorf("%d of %d clients wait for the hung servers", n, waiting)
+	}
+}
+
+// stages are the open connections that are at a stage.
+func (b *bed) stages(t testing.TB, stage string) (all []gateway.OpenConn) {
+	for _, c := range b.conns(t, 1000) {
+		if c.Stage == stage {
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// TestServerThatDoesNotShakeHandsIsEjected, as one that can't be connected to is.
+func TestServerThatDoesNotShakeHandsIsEjected(t *testing.T) {
+	hung := hungServer(t)
+	b := start(t, ":{0} -> tls://"+hung+" tls://"+tlsEcho(t)+" mode=tcp balance=first connect=400ms eject=2 backend-verify=off", "LOOPS=1")
+	for range 2 {
+		exchange(t, b.dial(t, 0), []byte("from the other one"))
+	}
+	b.log.take(t, func(l logLine) bool {
+		return l.Backend == hung && strings.Contains(l.text, "no answer to the TLS handshake in time")
+	})
 }

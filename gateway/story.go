@@ -156,6 +156,7 @@ func (c *conn) due() {
 		c.stage = c.connectDue()
 		c.advance()
 	case c.stage == asking:
+		c.blame(c.dial.server, "no answer in time")
 		c.stage = c.nextBackend("no answer in time")
 		c.advance()
 	case c.stage == waitingForRoom:
@@ -165,7 +166,7 @@ func (c *conn) due() {
 		c.stage = c.nextBackend("waited too long for its turn to shake hands")
 		c.advance()
 	case c.stage == encrypting:
-		c.giveUpEncryption("no answer to the TLS handshake in time")
+		c.encryptionDue()
 	case c.stage == greeting, c.stage == translating, c.stage == relaying:
 		c.idle()
 	case c.stage == resetting:
