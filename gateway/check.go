@@ -147,13 +147,13 @@ func (k *keeper) keepChecking(key checkKey, w *check) {
 			return
 		}
 		c.errand.stop()
-		c.errand = k.errands.start(jittered(c.every), func(e *errand) time.Duration { return k.runCheck(e, c) })
+		c.errand = k.errands.startFor(checkErrand, c.server.machine(), jittered(c.every), func(e *errand) time.Duration { return k.runCheck(e, c) })
 		return
 	}
 	k.checks[key] = w
 	key.server.checks = append(key.server.checks, w)
 	soon := time.Duration(rand.Int64N(int64(min(w.every, firstChecks))))
-	w.errand = k.errands.start(soon, func(e *errand) time.Duration { return k.runCheck(e, w) })
+	w.errand = k.errands.startFor(checkErrand, w.server.machine(), soon, func(e *errand) time.Duration { return k.runCheck(e, w) })
 }
 
 // runCheck asks, and says when to ask again.

@@ -18,23 +18,43 @@ import (
 type errands struct {
 	ctx    context.Context
 	cancel context.CancelFunc
-	slots  chan struct{}
 	made   time.Time
 
 	mu      sync.Mutex
 	over    bool
 	handing bool // what is due is being handed out
 	agenda  agenda
-	timer   *time.Timer // until the first of the agenda is due
+	due     [errandKinds * 2]turns[string, *errand] // what is due and what runs, by class
+	turn    int                                     // the class that had the last turn
+	timer   *time.Timer                             // until the first of the agenda is due
 	running sync.WaitGroup
 }
 
 // errandsAtOnce bounds goroutines and descriptors: with connects that take their whole timeout of some seconds as many
 // are begun each second as there are backends that don't answer in a large map.
-const errandsAtOnce = 256
+const errandsAtOnce = 512
+
+// errandKind is what an errand does. Each kind has two classes: errands that were quick the last time, and the others. A class may
+// have as many places as are free besides, and an owner in it as many as are left of those. So machines and DNS servers that do
+// not answer take half of all places, and hold up neither other kinds nor what is answered.
+type errandKind uint8
+
+const (
+	someErrand errandKind = iota
+	checkErrand
+	nameErrand
+	probeErrand
+	errandKinds
+)
+
+// quickErrand bounds what is quick: an answer that is not lost on the way is there within this time.
+const quickErrand = time.Second
 
 func newErrands() *errands {
-	e := &errands{slots: make(chan struct{}, errandsAtOnce), made: time.Now()}
+	e := &errands{made: time.Now()}
+	for i := range e.due {
+		e.due[i] = newTurns(func(x *errand) string { return x.owner })
+	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.timer = time.AfterFunc(forever, e.hand)
 	return e
@@ -48,6 +68,11 @@ type errand struct {
 	do  func(*errand) time.Duration
 	due time.Duration // after its errands were made
 	at  int           // of the agenda; -1: not there
+
+	kind  errandKind
+	owner string                  // the machine that is asked
+	class *turns[string, *errand] // that it waits or runs in; nil: in none
+	quick bool                    // it was, the last time
 }
 
 // agenda is who waits, as a heap: who is due next comes first.
@@ -77,7 +102,12 @@ func (a *agenda) Pop() any {
 // start has do run once in has passed, and again when the time has passed that it returns, until that is never. The time
 // is kept to an eighth (see coarse).
 func (e *errands) start(in time.Duration, do func(*errand) time.Duration) *errand {
-	x := &errand{all: e, do: do, at: -1}
+	return e.startFor(someErrand, "", in, do)
+}
+
+// startFor is start for an errand of a kind, which asks owner.
+func (e *errands) startFor(kind errandKind, owner string, in time.Duration, do func(*errand) time.Duration) *errand {
+	x := &errand{all: e, do: do, at: -1, kind: kind, owner: owner}
 	x.ctx, x.end = context.WithCancel(e.ctx)
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -113,50 +143,76 @@ func coarse(now, in time.Duration) time.Duration {
 	return (now + in + step/2) &^ (step - 1)
 }
 
-// hand gives what is due to goroutines, one after the other: others who have something to do are not kept from it by as
-// many as there are. Where all slots are taken the rest waits.
+// hand starts what is due, one after the other, and yields in between, so that a burst of them does not starve other goroutines.
+// What finds no place waits for its turn.
 func (e *errands) hand() {
 	for x := e.next(); x != nil; x = e.next() {
-		select {
-		case e.slots <- struct{}{}:
-			go x.run()
-			runtime.Gosched()
-		case <-e.ctx.Done():
-			e.running.Done()
-			return
-		}
+		go x.run()
+		runtime.Gosched()
 	}
 }
 
-// next takes who is due off the agenda, as one that runs; nil: nobody is.
+// next is the errand whose turn it is, as one that runs; nil: nothing is due, or no place is free.
 func (e *errands) next() *errand {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.handing = !e.over && len(e.agenda) > 0 && e.agenda[0].due <= time.Since(e.made); !e.handing {
-		if !e.over {
-			e.setTimer()
-		}
+	if e.handing = false; e.over {
 		return nil
 	}
+	for len(e.agenda) > 0 && e.agenda[0].due <= time.Since(e.made) {
+		x := heap.Pop(&e.agenda).(*errand)
+		x.class = &e.due[2*int(x.kind)]
+		if x.quick {
+			x.class = &e.due[2*int(x.kind)+1]
+		}
+		x.class.push(x)
+	}
+	c := e.classWithTurn()
+	if c == nil {
+		e.setTimer()
+		return nil
+	}
+	e.handing = true
 	e.running.Add(1)
-	return heap.Pop(&e.agenda).(*errand)
+	return c.take()
+}
+
+// classWithTurn is the next class in which somebody waits and may have a place; nil: none. The lock is held.
+func (e *errands) classWithTurn() *turns[string, *errand] {
+	free := errandsAtOnce
+	for i := range e.due {
+		free -= int(e.due[i].held.Load())
+	}
+	for range e.due {
+		e.turn = (e.turn + 1) % len(e.due)
+		c := &e.due[e.turn]
+		if held := int(c.held.Load()); c.n.Load() > 0 && held < free && c.fewest() < max(1, free-held) {
+			return c
+		}
+	}
+	return nil
 }
 
 func (x *errand) run() {
 	e := x.all
 	defer e.running.Done()
-	next := never
+	next, began := never, time.Now()
 	if !x.stopped() {
 		next = x.do(x)
 	}
-	<-e.slots
 	e.mu.Lock()
-	defer e.mu.Unlock()
+	x.class.leave(x, 1)
+	x.class, x.quick = nil, time.Since(began) < quickErrand
 	if next < 0 || e.over || x.stopped() {
 		x.end()
-		return
+	} else {
+		e.enter(x, next)
 	}
-	e.enter(x, next)
+	idle := !e.handing
+	e.mu.Unlock()
+	if idle {
+		e.hand() // somebody may wait for the place
+	}
 }
 
 // stop ends an errand. One that is running is told so by its context, and by stopped.
@@ -169,6 +225,8 @@ func (x *errand) stop() {
 	defer x.all.mu.Unlock()
 	if x.at >= 0 {
 		heap.Remove(&x.all.agenda, x.at)
+	} else if x.class != nil {
+		x.class.remove(x) // if it waits there
 	}
 }
 

@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"sync/atomic"
 	"testing"
@@ -56,8 +57,8 @@ func TestCoarseTimesAreNear(t *testing.T) {
 	}
 }
 
-// TestErrandsAreBounded: so many at once, the others when it is their turn; one that is stopped is not done, one that
-// says never is not done again, and nothing is when all have ended.
+// TestErrandsAreBounded: one machine has a third of all places at most, the others when it is their turn; one that is stopped is
+// not done, one that says never is not done again, and nothing is when all have ended.
 func TestErrandsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newErrands()
@@ -76,7 +77,7 @@ func TestErrandsAreBounded(t *testing.T) {
 		})
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if n := begun.Load(); n != errandsAtOnce {
+		if n := begun.Load(); n != errandsAtOnce/3+1 {
 			t.Errorf("%d run at once", n)
 		}
 		close(release)
@@ -102,6 +103,50 @@ func TestErrandsAreBounded(t *testing.T) {
 		time.Sleep(time.Hour)
 		if n := undone.Load(); n != 0 {
 			t.Errorf("%d were done after the end", n)
+		}
+	})
+}
+
+// TestErrandsThatHangHoldUpNobody: names that are not answered, and checks of machines that do not answer, leave places for what is
+// answered and for other kinds.
+func TestErrandsThatHangHoldUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newErrands()
+		defer e.close()
+		var quick, other atomic.Int32
+		rounds := func(n *atomic.Int32) func(*errand) time.Duration {
+			return func(*errand) time.Duration {
+				n.Add(1)
+				return time.Second
+			}
+		}
+		e.startFor(checkErrand, "quick", time.Second, rounds(&quick))
+		time.Sleep(2500 * time.Millisecond)
+		hang := func(x *errand) time.Duration {
+			<-x.ctx.Done()
+			return never
+		}
+		for i := range 2000 {
+			e.startFor(nameErrand, fmt.Sprint("name", i), 0, hang)
+			e.startFor(checkErrand, fmt.Sprint("host", i), 0, hang)
+			e.startFor(probeErrand, "one host", 0, hang)
+		}
+		time.Sleep(time.Second)
+		before := quick.Load()
+		e.start(0, rounds(&other))
+		time.Sleep(10 * time.Second)
+		if n := quick.Load() - before; n < 9 {
+			t.Errorf("a check that is answered was made %d times in 10 s", n)
+		}
+		if n := other.Load(); n < 9 {
+			t.Errorf("an errand of another kind was done %d times in 10 s", n)
+		}
+		running := 0
+		for i := range e.due {
+			running += int(e.due[i].held.Load())
+		}
+		if running > errandsAtOnce {
+			t.Errorf("%d run at once", running)
 		}
 	})
 }

@@ -126,7 +126,7 @@ func (k *keeper) follow(gen *generation) {
 			if n.leads.Load() == nil {
 				soon = minPause
 			}
-			n.errand = k.errands.start(jittered(soon), func(e *errand) time.Duration { return k.lookUp(e, n) })
+			n.errand = k.errands.startFor(nameErrand, n.host, jittered(soon), func(e *errand) time.Duration { return k.lookUp(e, n) })
 		}
 	}
 }

@@ -74,6 +74,14 @@ func newServer(addr netip.AddrPort, unix string) *server {
 	return s
 }
 
+// machine is the server's address without its port, or its name if it has none.
+func (s *server) machine() string {
+	if s.addr.IsValid() {
+		return s.addr.Addr().String()
+	}
+	return s.name
+}
+
 // usable says whether new connections may go there.
 func (s *server) usable() bool { return s.state.Load()&blocked == 0 }
 
@@ -315,7 +323,7 @@ func (k *keeper) ejected(s *server, out *outbound, why string) {
 		s.pause = 0
 	}
 	s.probe.stop()
-	s.probe = k.errands.start(k.pause(s), func(e *errand) time.Duration {
+	s.probe = k.errands.startFor(probeErrand, s.machine(), k.pause(s), func(e *errand) time.Duration {
 		return k.probed(e, s, s.touch(e.ctx, out, probeTime, nil))
 	})
 }
