@@ -66,7 +66,8 @@ type Hello struct {
 	// SessionIDLen is the length of legacy_session_id: 0 to 255 bytes.
 	SessionIDLen int
 
-	// Code points in wire order, GREASE (RFC 8701) included; see [IsGREASE].
+	// Code points in wire order, GREASE (RFC 8701) included; see [IsGREASE]. Of
+	// these lists and of ALPN the first MaxListed values are kept.
 	CipherSuites     []uint16
 	Extensions       []uint16
 	Versions         []uint16 // supported_versions; empty when not sent
@@ -131,9 +132,11 @@ func (h *Hello) HasExtension(id uint16) bool { return slices.Contains(h.Extensio
 // ticket: a certificate and a full handshake may not be needed.
 func (h *Hello) Resumes() bool { return h.SessionTicket || h.PSK }
 
-// keepCapacity bounds what a reused Hello holds between connections. Browsers
-// send some 20 of each list; a hostile hello has room for 32,000.
-const keepCapacity = 256
+// MaxListed is how many values of a list are kept. Browsers send some 20 of
+// each, and OpenSSL 1.0 sent 110 cipher suites; a hostile hello has room for
+// 32,000. All of them are checked, but nobody has to sort, hash or compare
+// more than these.
+const MaxListed = 256
 
 // reset forgets everything but the memory that the next hello can use.
 func (h *Hello) reset() {
@@ -153,12 +156,7 @@ func (h *Hello) reset() {
 	}
 }
 
-func emptied[T any](s []T) []T {
-	if cap(s) > keepCapacity {
-		return nil
-	}
-	return s[:0]
-}
+func emptied[T any](s []T) []T { return s[:0] }
 
 // Reasons that several fields share.
 const (
@@ -229,7 +227,7 @@ func (h *Hello) decodeExtensions(rest wire) *Error {
 		if id == extPreSharedKey && len(rest) > 0 {
 			return malformed(extensionName(id), start, "is not the last extension") // RFC 8446, section 4.2.11
 		}
-		h.Extensions = append(h.Extensions, id)
+		h.Extensions = appendListed(h.Extensions, id)
 		if id == extECH {
 			h.ECH, ech = true, data
 		} else if reason := h.decodeExtension(id, data); reason != "" {
@@ -330,6 +328,9 @@ func (h *Hello) alpn(d *wire) (reason string) {
 		if reason := nonEmpty(proto, ok); reason != "" {
 			return "holds a protocol that " + reason
 		}
+		if len(h.ALPN) == MaxListed {
+			continue
+		}
 		name := knownProtocol(proto)
 		if i := len(h.ALPN); name == "" && i < len(former) && former[i] == string(proto) {
 			name = former[i]
@@ -403,7 +404,7 @@ func (h *Hello) keyShares(d *wire) (reason string) {
 		if reason := nonEmpty(key, ok); reason != "" {
 			return "holds a key that " + reason
 		}
-		h.KeyShares = append(h.KeyShares, group)
+		h.KeyShares = appendListed(h.KeyShares, group)
 	}
 	return ""
 }
@@ -517,8 +518,17 @@ func (w *wire) vec16() (wire, bool) {
 	return taken, true
 }
 
-// append16 appends w as 2-byte values.
+// appendListed appends v, if there is room for it in a list.
+func appendListed(dst []uint16, v uint16) []uint16 {
+	if len(dst) == MaxListed {
+		return dst
+	}
+	return append(dst, v)
+}
+
+// append16 appends w as 2-byte values, as far as there is room for them.
 func (w wire) append16(dst []uint16) []uint16 {
+	w = w[:min(len(w), 2*(MaxListed-len(dst)))]
 	dst = slices.Grow(dst, len(w)/2)
 	for ; len(w) >= 2; w = w[2:] {
 		dst = append(dst, uint16(w[0])<<8|uint16(w[1]))

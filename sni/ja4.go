@@ -21,7 +21,9 @@ import (
 //	│└ highest version
 //	└ over TCP
 //
-// GREASE is left out everywhere; both hashes are cut to 12 hex digits.
+// GREASE is left out everywhere; both hashes are cut to 12 hex digits. It is of
+// what the Hello has: of lists that are longer than MaxListed, which no known
+// client sends, the rest has no part in it.
 func (h *Hello) JA4() string {
 	var room [ja4Len]byte
 	return string(h.AppendJA4(room[:0]))
