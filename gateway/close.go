@@ -82,9 +82,16 @@ func abort(s *socket) {
 	}
 }
 
-// A reset makes our kernel forget what the peer has not acknowledged. It waits until that has happened: looked at
-// again after this long.
-const deliveryCheck = 10 * time.Millisecond
+// checkDelivery has a reset looked at again soon. A reset makes our kernel forget what the peer has not acknowledged, so it waits
+// until that has happened. The wheel would be late by up to a tick of its own, 134 ms; the pacer's is 17 ms.
+func (c *conn) checkDelivery() {
+	l := c.loop
+	l.wheel.set(c, l.now+1) // if the pacer has the flow already, which may wait for its bandwidth for a second
+	if c.up.pause != waiting {
+		c.up.pause = waiting
+		l.pacer.add(paused{c, &c.up}, l.now+1)
+	}
+}
 
 // startReset carries a reset (or a violation) over to the side that is still there, once that has everything that
 // came before.
@@ -114,7 +121,7 @@ func (c *conn) resetWhenDelivered() stage {
 		c.end = c.loop.now + int64(c.route.linger)
 	}
 	if up+down > 0 && c.loop.now < c.end {
-		c.loop.wheel.set(c, c.loop.now+int64(deliveryCheck))
+		c.checkDelivery()
 		return resetting
 	}
 	if !c.lastWords {

@@ -14,7 +14,8 @@ const (
 	noEnd = math.MaxInt
 )
 
-// pacer wakes the streams that have used up their bandwidth (bandwidth=). While none has it costs nothing.
+// pacer wakes the streams that have used up their bandwidth (bandwidth=), and resets that wait for what came before them. While
+// there is none it costs nothing.
 type pacer struct {
 	slots [paceSlots][]paused
 	n     int

@@ -355,6 +355,21 @@ func TestWaitingHasAnEnd(t *testing.T) {
 	b.lineOf(t, last).expect(t, logLine{Outcome: "drained"})
 }
 
+// TestWaitEndsWithTheLastBackend: whoever waits for room is told at once when nobody is left who could have some.
+func TestWaitEndsWithTheLastBackend(t *testing.T) {
+	addr := echoServer(t)
+	b := start(t, fmt.Sprintf(":{0} -> %s mode=tcp max-conns=1 queue=2,1h", addr))
+	exchange(t, b.dial(t, 0), random(1, 100))
+	c := b.dial(t, 0)
+	until(t, "it waits", func() bool { return b.gateway.BackendCounts().Waiting == 1 })
+	if _, err := b.gateway.OrderBackend(addr, gateway.DrainBackend); err != nil {
+		t.Fatal(err)
+	}
+	if l := b.lineOf(t, c); l.Outcome != "no_backend" || !strings.Contains(l.Error, "draining") {
+		t.Errorf("line: %s", l)
+	}
+}
+
 // TestDeadPoolAnswersAtOnce: once it's known that nobody is there clients don't wait to hear it, and the gateway itself
 // finds out when somebody is there again.
 func TestDeadPoolAnswersAtOnce(t *testing.T) {

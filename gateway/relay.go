@@ -52,7 +52,7 @@ func (c *conn) relay() stage {
 		c.skim(&c.backend)
 	}
 	if c.settling() {
-		c.setDeadline(int64(deliveryCheck))
+		c.checkDelivery()
 	}
 	return c.stage // the same, or relaying behind translating
 }

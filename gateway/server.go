@@ -255,6 +255,7 @@ func (k *keeper) changed(s *server, before, after uint32, why string) {
 		k.warm(s)
 	} else {
 		k.gw.log.Warn("backend gets no new connections", fields...)
+		k.gw.callWaiting() // if it was the last one, nobody who waits for room has to wait any longer
 	}
 	if worse := after &^ before; worse&(isDown|isMaintained) != 0 {
 		k.gw.cutConnections(s, "its backend "+s.name+" is "+stateWord(after)+": "+why)

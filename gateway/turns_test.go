@@ -177,3 +177,35 @@ func TestClientThatHasLeftHasNoTurn(t *testing.T) {
 		t.Error("the other one has no turn")
 	}
 }
+
+// TestDeliveryIsLookedAtSoon: a reset that waits for what came before it goes when that has arrived, not when the wheel turns.
+func TestDeliveryIsLookedAtSoon(t *testing.T) {
+	s := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp")
+	c, client := s.accept(t)
+	defer unix.Close(client)
+	ours, backend := pair(t)
+	defer unix.Close(backend)
+	c.backend = socket{owner: c, fd: ours, writable: true}
+	c.enter(s.listener.rules.plain)
+	if _, err := unix.Write(int(c.client.fd), make([]byte, 1000)); err != nil { // the client has not taken it
+		t.Fatal(err)
+	}
+	c.stage = relaying
+	c.stage = c.startReset(BackendReset, "reset")
+	c.advance()
+	for range 10 { // events that come meanwhile
+		c.ready(&c.client, unix.EPOLLOUT)
+	}
+	if c.stage != resetting || s.loop.pacer.n != 1 {
+		t.Fatalf("stage %v, %d looks at it", c.stage, s.loop.pacer.n)
+	}
+	if due := time.Duration(s.loop.nextDue() - s.loop.now); due > 40*time.Millisecond {
+		t.Errorf("it is looked at again in %v", due)
+	}
+	available(client)
+	s.loop.now += int64(40 * time.Millisecond)
+	s.loop.pacer.fire(s.loop.now)
+	if c.stage != over || c.report.outcome != BackendReset {
+		t.Errorf("40 ms after it has arrived: %v", c.stage)
+	}
+}
