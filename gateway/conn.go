@@ -206,6 +206,7 @@ func (c *conn) finish(o Outcome, why string) stage {
 	c.down.release(l)
 	c.pending = nil
 	c.report.up, c.report.down = c.up.moved, c.down.moved
+	c.report.cutShort = c.cutShortBy()
 	delete(l.conns, c)
 	c.gen.open.Add(-1)
 	if c.counted {

@@ -590,6 +590,7 @@ type route struct {
 	slowStart     time.Duration
 	idle, connect time.Duration
 	linger        time.Duration
+	truncation    natmap.Truncation
 	lifetime      time.Duration
 
 	use *usage

@@ -82,6 +82,7 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 		r.connect = fallback(rule.Options.Connect, g.settings.ConnectTimeout)
 		r.linger = fallback(rule.Options.Linger, g.settings.LingerTimeout)
 		r.lifetime = fallback(rule.Options.Lifetime, 0)
+		r.truncation = rule.Options.Truncation
 		r.profile = g.profileFor(gen, last, rule)
 		if g.settings.KTLS != "off" && rule.Options.KTLS != natmap.KTLSOff {
 			r.kernel = g.kernel

@@ -37,7 +37,7 @@ func (c *conn) relay() stage {
 	case c.report.told:
 		return c.violated()
 	case c.up.cut(&c.client, &c.backend):
-		return c.startReset(ClientReset, c.client.failed.Error())
+		return c.startReset(ClientReset, c.clientEnd())
 	case c.down.cut(&c.backend, &c.client):
 		return c.startReset(BackendReset, c.backendEnd())
 	case c.up.closed && c.down.closed && !c.client.clogged() && !c.backend.clogged():
@@ -55,6 +55,14 @@ func (c *conn) relay() stage {
 		c.checkDelivery()
 	}
 	return c.stage // the same, or relaying behind translating
+}
+
+// clientEnd says how the client's stream was cut.
+func (c *conn) clientEnd() string {
+	if c.client.failed == 0 {
+		return "the client ended its stream without a close_notify"
+	}
+	return c.client.failed.Error()
 }
 
 // backendEnd says how the backend's stream ended, where that is worth a word.

@@ -399,7 +399,7 @@ func (c *conn) streamEnded(f *flow, from, to *socket) {
 	switch {
 	case err == nil && rest > 0:
 		c.violation(from, from.tls.reader.Refuse(record.AlertDecodeError, "the stream ended inside a record"))
-	case from == &c.backend && to.tls == nil: // as in keepRest
+	case c.doubts(from, to): // as in keepRest
 		f.reset = true
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/record"
+	"github.com/tlsnat/tlsnat/natmap"
 )
 
 const (
@@ -149,17 +150,29 @@ func (c *conn) readRecords(f *flow, from *socket, room []byte) (b []byte, filled
 	return room[:have+n], n == want && n > 0
 }
 
-// keepRest keeps half a record. If nothing comes any more it was broken off. A backend's stream that ended without a
-// close_notify may have been cut by anybody: a client that speaks TLS sees the same, any other sees a reset.
+// keepRest keeps half a record. If nothing comes any more it was broken off.
 func (c *conn) keepRest(f *flow, from, to *socket, rest []byte) {
 	f.keepCarry(c.loop, rest)
 	switch {
 	case !f.cutShort:
 	case len(f.carry) > 0:
 		c.violation(from, &record.Error{Alert: record.AlertDecodeError, Reason: "the stream ended inside a record"})
-	case from == &c.backend && to.tls == nil:
+	case c.doubts(from, to):
 		f.reset = true
 	}
+}
+
+// doubts says whether a stream that ended without a close_notify, and may have been cut by anybody, goes on as a reset. A
+// side that speaks TLS sees what has happened: a FIN without a close_notify. Any other would take it for the end. Of
+// clients many end like that, or wait for an answer then; so for theirs the rule has to ask for it (truncation=).
+func (c *conn) doubts(from, to *socket) bool {
+	switch c.route.truncation {
+	case natmap.TruncationFIN:
+		return false
+	case natmap.TruncationReset:
+		return to.tls == nil
+	}
+	return from == &c.backend && to.tls == nil
 }
 
 // wanted is how many bytes the next read asks for: what there's room for while the flow streams, and when the kernel is

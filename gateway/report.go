@@ -43,6 +43,7 @@ type report struct {
 	spliced    bool
 	halves     uint8 // reading and writing halves that speak TLS,
 	inKernel   uint8 // and how many of them the kernel carried in the end
+	cutShort   uint8 // whose stream of TLS ended without a close_notify (cutShortWords)
 	byBackend  bool  // the alerts are those of the backend's connection
 	hurried    bool  // its handshake had less time to answer than TLSNAT_HELLO_TIMEOUT
 
@@ -188,6 +189,7 @@ func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
 	if r.backendVersion != 0 {
 		dst = append(dst, zap.Float64("backend_handshake_ms", ms(r.backendShook)))
 	}
+	text("cut_short", cutShortWords[r.cutShort])
 	dst = append(dst, zap.Float64("duration_ms", ms(now-r.accepted)))
 	if r.backend != "" {
 		text("path", r.path())
@@ -208,6 +210,20 @@ func (r *report) fields(now int64, dst []zap.Field) []zap.Field {
 	text("refused", r.refusal.String())
 	text("error", r.err)
 	return dst
+}
+
+// cutShortWords are the values of cut_short: bit 0 is the client's stream, bit 1 the backend's.
+var cutShortWords = [4]string{"", "client", "backend", "both"}
+
+// cutShortBy says whose streams ended without a close_notify.
+func (c *conn) cutShortBy() (who uint8) {
+	if c.up.cutShort {
+		who |= 1
+	}
+	if c.down.cutShort {
+		who |= 2
+	}
+	return who
 }
 
 func groupName(g tls.CurveID) string {
@@ -268,6 +284,7 @@ type counters struct {
 
 	encryptions [encryptionResults][2]atomic.Uint64 // handshakes with backends, the same
 	spans       [spans]stopwatch
+	cutShort    [2]atomic.Uint64 // streams of TLS that ended without a close_notify: clients', backends'
 }
 
 func (l *loop) count(r *report) {
@@ -275,6 +292,9 @@ func (l *loop) count(r *report) {
 	n.outcomes[r.outcome].Add(1)
 	if r.probe {
 		n.probes.Add(1)
+	}
+	for side := range n.cutShort {
+		n.cutShort[side].Add(uint64(r.cutShort >> side & 1))
 	}
 	if r.route != nil {
 		r.route.use.ended.Add(1)

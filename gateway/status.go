@@ -69,6 +69,7 @@ type ConnectionCounts struct {
 	Limit    int               `json:"limit"`
 	Probes   uint64            `json:"probes"` // came and left without a byte; their outcome is ok
 	Outcomes map[string]uint64 `json:"outcomes"`
+	CutShort map[string]uint64 `json:"cut_short"` // streams of TLS that ended without a close_notify, by whose they were
 }
 
 // ByteCounts are bytes as the application counts them: without TLS around them. They include connections that are
@@ -187,6 +188,10 @@ func (g *Gateway) sum(s *Status) {
 	c.Outcomes = make(map[string]uint64, outcomes)
 	for o := range outcomes {
 		c.Outcomes[o.String()] = g.total(func(n *counters) *atomic.Uint64 { return &n.outcomes[o] })
+	}
+	c.CutShort = map[string]uint64{}
+	for side := range 2 {
+		c.CutShort[cutShortWords[1<<side]] = g.total(func(n *counters) *atomic.Uint64 { return &n.cutShort[side] })
 	}
 	c.Probes = g.total(func(n *counters) *atomic.Uint64 { return &n.probes })
 	c.Open, c.Limit = g.open.Load(), int(g.maxConns.Load())

@@ -301,6 +301,7 @@ type logLine struct {
 	Level, Msg, ID, Outcome, Listen, Client, Peer, SNI, ALPN, TLS, Cipher, Group, JA4, Rule, Mode, Backend, Path, Stage,
 	Alert, Error, Refused string
 	DecidedBy     string `json:"decided_by"`
+	CutShort      string `json:"cut_short"`
 	Count         uint64 // of connections that have no line of their own
 	Resumed       *bool
 	AlertReceived string `json:"alert_received"`

@@ -208,6 +208,26 @@ var proxyWords = []string{"off", "v1", "v2"}
 // String returns the value of proxy=.
 func (v ProxyVersion) String() string { return word(proxyWords, int(v)) }
 
+// Truncation is how the end of a stream of TLS without a close_notify goes on to a side that speaks no TLS: anybody on the
+// way could have cut the stream there (RFC 8446, section 6.1).
+type Truncation uint8
+
+const (
+	TruncationBySide Truncation = iota // a client's as FIN, a backend's as reset
+	TruncationFIN                      // as FIN, whoever's it is
+	TruncationReset                    // as reset
+)
+
+var truncationWords = []string{"fin", "reset"}
+
+// String returns the value of truncation=, "" for none.
+func (t Truncation) String() string {
+	if t == TruncationBySide {
+		return ""
+	}
+	return word(truncationWords, int(t)-1)
+}
+
 // KTLS says whether the kernel may open and seal a rule's TLS.
 type KTLS uint8
 
@@ -235,18 +255,20 @@ const Off time.Duration = -1
 // Options are the options of a rule, those of default lines included. The zero
 // value of a field leaves it to the gateway's setting.
 type Options struct {
-	Mode      Mode
-	Proxy     ProxyVersion
-	Idle      time.Duration // or Off
-	Connect   time.Duration
-	Linger    time.Duration
-	Lifetime  time.Duration // or Off
-	Drain     time.Duration
-	MinTLS    uint16   // 0x0303 or 0x0304, as in RFC 8446 section 4.2.1
-	ALPN      []string // protocols offered, preferred first (RFC 7301)
-	Cert      string   // name of the certificate for a client that sends none
-	KTLS      KTLS
-	HTTPSPort uint16 // where redirect sends to
+	Mode     Mode
+	Proxy    ProxyVersion
+	Idle     time.Duration // or Off
+	Connect  time.Duration
+	Linger   time.Duration
+	Lifetime time.Duration // or Off
+	Drain    time.Duration
+	MinTLS   uint16   // 0x0303 or 0x0304, as in RFC 8446 section 4.2.1
+	ALPN     []string // protocols offered, preferred first (RFC 7301)
+	Cert     string   // name of the certificate for a client that sends none
+	KTLS     KTLS
+
+	Truncation Truncation
+	HTTPSPort  uint16 // where redirect sends to
 
 	BackendCA         string // name of the CAs that tls:// backends are verified against; "": the system's
 	BackendName       string // what they are asked for and verified as; "": their host; NameOfClient: what the client asked for

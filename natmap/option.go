@@ -96,6 +96,12 @@ var ruleOptions = []option{
 		show: func(o *Options) string { return o.KTLS.String() },
 	},
 	{
+		key: "truncation", value: "fin|reset", uses: terminate | tcp | demo,
+		help: "how a stream of TLS that ends without a close_notify, as anybody on the way can make it, goes on to a side without TLS (default fin from clients, many of which end like that, reset from backends)",
+		set:  setTruncation,
+		show: func(o *Options) string { return o.Truncation.String() },
+	},
+	{
 		key: "https-port", value: "PORT", uses: redirect,
 		help: "port that redirect sends the client to (default 443)",
 		set:  func(p *parser, o *Options, v token) { o.HTTPSPort, _ = p.port(v) },
@@ -135,6 +141,14 @@ var ruleOptions = []option{
 			return verifyWords[0]
 		},
 	},
+}
+
+func setTruncation(p *parser, o *Options, v token) {
+	n := uint8(len(truncationWords))
+	enum(truncationWords, map[string]string{"rst": "reset", "close": "fin"}, func(*Options) *uint8 { return &n })(p, o, v)
+	if int(n) < len(truncationWords) {
+		o.Truncation = TruncationFIN + Truncation(n)
+	}
 }
 
 func setBackendName(p *parser, o *Options, v token) {

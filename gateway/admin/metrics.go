@@ -38,6 +38,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 var (
 	outcomesDesc   = desc("connections_total", "Connections that ended, by how.", "outcome")
+	cutShortDesc   = desc("streams_cut_short_total", "Streams of TLS that ended without a close_notify, as anybody on the way can make them end, by whose they were: client or backend.", "side")
 	bytesDesc      = desc("bytes_total", "Bytes carried, without TLS around them: up is client to backend.", "direction")
 	handshakesDesc = desc("handshakes_total", "TLS handshakes with clients that were finished, by what was agreed on.", "version", "group", "resumed")
 	reloadsDesc    = desc("config_reloads_total", "Attempts to read the configuration again, by result.", "result")
@@ -56,7 +57,7 @@ var (
 	buildDesc      = desc("build_info", "Always 1; the labels say what is running.", "version", "go_version")
 )
 
-var labelledDescs = []*prometheus.Desc{outcomesDesc, bytesDesc, handshakesDesc, reloadsDesc, shortagesDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc,
+var labelledDescs = []*prometheus.Desc{outcomesDesc, cutShortDesc, bytesDesc, handshakesDesc, reloadsDesc, shortagesDesc, refusedDesc, entriesDesc, tableLimitDesc, ktlsDesc,
 	fallbackDesc, portsDesc, loopConnsDesc, loopSlowDesc, loopLongDesc, loopLagDesc, certDesc, buildDesc}
 
 // sender takes one number.
@@ -145,6 +146,9 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	}
 	for outcome, n := range status.Connections.Outcomes {
 		send(outcomesDesc, prometheus.CounterValue, float64(n), outcome)
+	}
+	for side, n := range status.Connections.CutShort {
+		send(cutShortDesc, prometheus.CounterValue, float64(n), side)
 	}
 	send(bytesDesc, prometheus.CounterValue, float64(status.Bytes.Up), "up")
 	send(bytesDesc, prometheus.CounterValue, float64(status.Bytes.Down), "down")
