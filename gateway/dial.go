@@ -156,11 +156,16 @@ func (c *conn) faulted(s *server, why string) {
 
 // blame counts it against the server, which is out when it was one time too many.
 func (c *conn) blame(s *server, why string) {
-	if s == nil || !s.refused(c.route.eject) {
-		return
-	}
 	k, out := c.loop.gw.keeper, c.route.outbound
-	go k.ejected(s, out, "connects fail: "+why)
+	switch {
+	case s == nil:
+	case out != nil && out.source.Transparent:
+		if s.suspected(c.route.eject) {
+			go k.suspect(s, out, why)
+		}
+	case s.refused(c.route.eject):
+		go k.ejected(s, out, "connects fail: "+why)
+	}
 }
 
 func (d *dialling) failed(why string) { d.failedAt(d.name(), why) }

@@ -37,6 +37,7 @@ type server struct {
 	total  atomic.Uint64
 	broken atomic.Uint64 // connects that failed
 	inRow  atomic.Int32  // of them, since one that did not
+	doubt  atomic.Bool   // the keeper finds out whether it is the server or its clients' addresses
 
 	_ [64]byte
 
@@ -127,6 +128,14 @@ func (s *server) refused(eject int32) bool {
 		return false
 	}
 	return s.state.Or(isEjected)&isEjected == 0
+}
+
+// suspected is refused for a rule with source=transparent. There a connect may fail because of the client: the answer to
+// one on the server's own network goes to it directly, and never comes back here. So the server is not out yet; that is
+// for suspect to find out.
+func (s *server) suspected(eject int32) bool {
+	s.broken.Add(1)
+	return s.inRow.Add(1) >= eject && eject != 0 && s.usable() && !s.doubt.Swap(true)
 }
 
 // reason is what is wrong with it, in words.
@@ -326,6 +335,24 @@ func (k *keeper) ejected(s *server, out *outbound, why string) {
 	s.probe.stop()
 	s.probe = k.errands.startFor(probeErrand, s.machine(), k.pause(s), func(e *errand) time.Duration {
 		return k.probed(e, s, s.touch(e.ctx, out, probeTime, nil))
+	})
+}
+
+// suspect puts a server out to which connects from clients' addresses fail, if one from our own fails as well.
+func (k *keeper) suspect(s *server, out *outbound, why string) {
+	k.errands.start(0, func(e *errand) time.Duration {
+		err := s.touch(e.ctx, out, probeTime, nil)
+		defer s.doubt.Store(false)
+		switch {
+		case e.stopped():
+		case ownLack(err):
+			k.gw.short(lackInCheck, err, s.name)
+		case err == nil, errors.Is(err, unix.EAGAIN) && s.unix != "":
+			s.inRow.Store(0)
+		case s.state.Or(isEjected)&isEjected == 0:
+			k.ejected(s, out, "connects fail, from clients' addresses ("+why+") and from our own: "+err.Error())
+		}
+		return never
 	})
 }
 
