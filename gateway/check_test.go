@@ -34,9 +34,12 @@ func deafServer(t testing.TB) (s *server, l *net.TCPListener, hear func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = raw.Control(func(fd uintptr) { (&listener{fd: int32(fd)}).lastCalls() })
+	_ = raw.Control(func(fd uintptr) { err = (&listener{fd: int32(fd)}).dropRouted() })
+	if err != nil {
+		t.Fatal(err)
+	}
 	return newServer(l.Addr().(*net.TCPAddr).AddrPort(), ""), l, func() {
-		_ = raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0) })
+		_ = raw.Control(func(fd uintptr) { err = hearFrom(int32(fd), 0) })
 		if err != nil {
 			t.Error(err)
 		}

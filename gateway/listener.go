@@ -29,6 +29,7 @@ type listener struct {
 	backoff time.Duration // how long accepting rests after it failed
 	paused  bool
 	closing bool
+	far     bool // SYNs that may have come over a router are dropped: deafen
 }
 
 const (
@@ -214,6 +215,7 @@ func (ln *listener) accept() bool {
 	switch {
 	case e == 0:
 		ln.backoff = 0
+		ln.accepted(fd)
 		l.begin(ln, fd, peer)
 		return true
 	case e == unix.EAGAIN, e == unix.EINTR, e == unix.ECONNABORTED, e == unix.EPROTO:
@@ -221,6 +223,13 @@ func (ln *listener) accept() bool {
 	}
 	ln.rest(e)
 	return false
+}
+
+// accepted takes back what a connection inherits from a listener that ends.
+func (ln *listener) accepted(fd int32) {
+	if ln.far {
+		_ = hearFrom(fd, 0)
+	}
 }
 
 // rest stops accepting for a while after a failure that asking again won't mend (EMFILE, ENFILE, ENOBUFS, ENOMEM).
@@ -270,8 +279,44 @@ var dropSYN = []unix.SockFilter{
 
 // lastCalls begins the end of a listener: no new connections from the network, those on their way are welcome.
 func (ln *listener) lastCalls() {
-	_ = unix.SetsockoptSockFprog(int(ln.fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+	if err := ln.deafen(); err != nil {
+		ln.loop.gw.complain("close", "clients that connect just now may be reset: the kernel can't be told to drop SYNs before the port closes", err, ln.name)
+	}
+}
+
+// maxHops is the highest TTL (RFC 791, section 3.1) and hop limit (RFC 8200, section 3) that there is. Packets begin with
+// 64 or 128, some routers' with this, and lose one at each router.
+const maxHops = 255
+
+// deafen has the kernel drop SYNs. Since Linux 6.17 or so a filter for a TCP socket takes CAP_NET_ADMIN. Without it a
+// listener can still refuse packets that may have come over a router (RFC 5082): of those for a listener the kernel looks
+// at SYNs, and not at what completes a handshake that has begun. What it accepts from here on inherits that, and has it
+// taken back.
+func (ln *listener) deafen() error {
+	err := unix.SetsockoptSockFprog(int(ln.fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
 		&unix.SockFprog{Len: uint16(len(dropSYN)), Filter: &dropSYN[0]})
+	if err == nil {
+		return nil
+	}
+	return ln.dropRouted()
+}
+
+func (ln *listener) dropRouted() error {
+	ln.far = true
+	return hearFrom(ln.fd, maxHops)
+}
+
+// hearFrom has a socket drop packets that arrive with fewer hops left than this, in both families: IPv4 reaches an IPv6
+// socket as well.
+func hearFrom(fd int32, hops int) error {
+	if e := sysSet(fd, unix.IPPROTO_IP, unix.IP_MINTTL, hops); e != 0 {
+		return e
+	}
+	e := sysSet(fd, unix.IPPROTO_IPV6, unix.IPV6_MINHOPCOUNT, hops)
+	if e != 0 && e != unix.ENOPROTOOPT && e != unix.EOPNOTSUPP { // what an IPv4 socket says
+		return e
+	}
+	return nil
 }
 
 // close accepts what has arrived and closes the socket.
