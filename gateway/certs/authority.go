@@ -35,7 +35,7 @@ func LoadAuthority(dir, name string, now time.Time) (*Authority, []Problem) {
 		r.fail(place{file: path}, "put the CA's certificate there, in PEM", "does not exist")
 		return nil, r
 	}
-	f := readFile(dir, path)
+	f := readFile(dir, path, nil)
 	r = append(r, f.problems...)
 	a := &Authority{File: path, Pool: x509.NewCertPool()}
 	for _, k := range f.keys {

@@ -34,6 +34,7 @@ package certs
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"net/netip"
 	"strings"
 	"sync/atomic"
@@ -48,6 +49,9 @@ type Store struct {
 	addrs    map[netip.Addr]*Entry
 	entries  []*Entry
 	certs    []*Certificate // of all entries
+
+	files map[string]*file              // what they were made of
+	links map[[2]*x509.Certificate]link // signatures that were checked
 }
 
 // Entry is what can be served for one or more names. Which certificate is served depends on the time: see Served.

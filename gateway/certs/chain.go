@@ -36,10 +36,12 @@ type pairing struct {
 	leaves    map[string][]*cert // the places where a certificate with a key stands, by its DER
 	cas       map[string][]*cert // CA certificates of all files, by subject
 	links     map[[2]*x509.Certificate]link
-	used      map[*cert]bool             // goes out with some leaf of the same file
-	judged    map[*x509.Certificate]bool // intermediates that have been looked at
-	certified map[string]bool            // public keys that stand in a certificate
-	issuing   map[string]bool            // names of issuers: an old root may lack the mark of a CA
+	before    map[[2]*x509.Certificate]link // of the store before
+	had       map[string]*file              // files of the store before, by path
+	used      map[*cert]bool                // goes out with some leaf of the same file
+	judged    map[*x509.Certificate]bool    // intermediates that have been looked at
+	certified map[string]bool               // public keys that stand in a certificate
+	issuing   map[string]bool               // names of issuers: an old root may lack the mark of a CA
 	now       time.Time
 	*report
 }
@@ -83,6 +85,13 @@ func (p *pairing) collect() (order []string) {
 		}
 	}
 	interned := make(map[string]*x509.Certificate)
+	for _, f := range p.files {
+		if p.had[f.path] == f { // first, so that what is known of their signatures is found by their addresses
+			for _, c := range f.certs {
+				interned[string(c.Raw)] = c.Certificate
+			}
+		}
+	}
 	for _, f := range p.files {
 		for _, c := range f.certs {
 			der := string(c.Raw)
@@ -130,7 +139,7 @@ func (p *pairing) certificate(places []*cert) *Certificate {
 	c := &Certificate{
 		Issuer: commonName(leaf.Issuer), KeyType: name, NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter,
 		CertFile: leaf.file.path, KeyFile: k.file.path, kind: kind, line: leaf.line,
-		pair: tls.Certificate{PrivateKey: fastest(k.Signer), Leaf: leaf.Certificate},
+		pair: tls.Certificate{PrivateKey: k.fastest(), Leaf: leaf.Certificate},
 	}
 	for _, link := range chain {
 		c.pair.Certificate = append(c.pair.Certificate, link.Raw)
@@ -144,11 +153,21 @@ func (p *pairing) certificate(places []*cert) *Certificate {
 }
 
 // fastest is the key in the form that signs fastest.
-func fastest(key crypto.Signer) crypto.Signer {
-	if k, ok := key.(*rsa.PrivateKey); ok {
-		return rsasign.Signer(k)
+func (k *key) fastest() crypto.Signer {
+	if k.fast == nil {
+		k.fast = k.Signer
+		if key, ok := k.Signer.(*rsa.PrivateKey); ok {
+			k.fast = rsasign.Signer(key)
+		}
 	}
-	return key
+	return k.fast
+}
+
+// remember takes over what the store before knows of its files: they are parsed, and their signatures checked.
+func (p *pairing) remember(before *Store) {
+	if before != nil {
+		p.before, p.had = before.links, before.files
+	}
 }
 
 // keyFor prefers the key in the same file, then the one in the same directory: only the file name differs.
@@ -260,10 +279,16 @@ func (p *pairing) link(child, issuer *cert, checks *int) link {
 	}
 	pair := [2]*x509.Certificate{child.Certificate, issuer.Certificate}
 	l, known := p.links[pair]
-	if !known && *checks > 0 {
-		*checks--
-		l = checkLink(child.Certificate, issuer.Certificate, issuer.at())
-		p.links[pair] = l
+	if !known {
+		if l, known = p.before[pair]; known && l.doubt == "" { // a doubt names a file and a line
+			p.links[pair] = l
+			return l
+		}
+		if *checks > 0 {
+			*checks--
+			l = checkLink(child.Certificate, issuer.Certificate, issuer.at())
+			p.links[pair] = l
+		}
 	}
 	return l
 }

@@ -3,6 +3,7 @@
 package certs
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -33,12 +34,15 @@ func Load(dir string, now time.Time) (*Store, []Problem) { return Reload(dir, no
 func Reload(dir string, now time.Time, before *Store) (*Store, []Problem) {
 	var r report
 	l := list(dir, &r)
-	files := readAll(dir, l.paths)
-	certs := assemble(files, now, &r)
+	files := readAll(dir, l.paths, before)
+	p := newPairing(files, now, &r)
+	p.remember(before)
+	certs := p.pairs()
 	kept := before.spared(certs, l.paths, r)
 	certs = append(certs, kept...)
 	l.reportForeign(certs, &r)
 	store := index(certs, now, &r)
+	store.remember(files, p.links)
 	warnKept(kept, store.Served(now), &r)
 	warnOpenKeys(files, &r)
 	if store == nil && !slices.ContainsFunc(r, Problem.fatal) {
@@ -128,15 +132,16 @@ func exists(path string) bool {
 // stem is a path without its extension.
 func stem(path string) string { return strings.TrimSuffix(path, filepath.Ext(path)) }
 
-// readAll reads and parses files on all CPUs; most of the time is spent checking that keys are sound.
-func readAll(dir string, paths []string) []*file {
+// readAll reads and parses files on all CPUs; most of the time is spent checking that keys are sound. Those that are what
+// they were are taken from the store before.
+func readAll(dir string, paths []string, before *Store) []*file {
 	files := make([]*file, len(paths))
 	var next atomic.Int64
 	var workers sync.WaitGroup
 	for range min(runtime.GOMAXPROCS(0), len(paths)) {
 		workers.Go(func() {
 			for i := next.Add(1) - 1; i < int64(len(paths)); i = next.Add(1) - 1 {
-				files[i] = readFile(dir, paths[i])
+				files[i] = before.readFile(dir, paths[i])
 			}
 		})
 	}
@@ -144,8 +149,32 @@ func readAll(dir string, paths []string) []*file {
 	return files
 }
 
+// readFile is the file as it was parsed before, if it is what it was then. A file that could not be used is read anew.
+func (s *Store) readFile(dir, path string) *file {
+	var had *file
+	if s != nil {
+		had = s.files[path]
+	}
+	if had != nil && !had.broken && had.stamp.Unread(path) {
+		return had
+	}
+	return readFile(dir, path, had)
+}
+
+// remember keeps what the next Reload need not do again.
+func (s *Store) remember(files []*file, links map[[2]*x509.Certificate]link) {
+	if s == nil {
+		return
+	}
+	s.files, s.links = make(map[string]*file, len(files)), links
+	for _, f := range files {
+		s.files[f.path] = f
+	}
+}
+
 // readFile is the parsed file; what kept it from being read is among its problems.
-func readFile(dir, path string) *file {
+// It is had if the content is the same.
+func readFile(dir, path string, had *file) *file {
 	f := &file{path: path, name: path}
 	if name, err := filepath.Rel(dir, path); err == nil {
 		f.name = name
@@ -156,9 +185,14 @@ func readFile(dir, path string) *file {
 		reportUnreadable(path, err, &f.problems)
 		return f
 	}
-	f.mode, f.lent = info.Mode(), lentToGroup(info)
-	f.parse(data)
-	clear(data) // it may hold a key
+	defer clear(data) // it may hold a key
+	stamp := NewStamp(info, data)
+	if same := had != nil && !had.broken && had.stamp.Same(stamp); same {
+		f = had
+	} else {
+		f.parse(data)
+	}
+	f.mode, f.lent, f.stamp = info.Mode(), lentToGroup(info), stamp
 	return f
 }
 

@@ -32,6 +32,7 @@ type file struct {
 	certs    []*cert
 	keys     []*key
 	broken   bool // something in it was an error
+	stamp    Stamp
 	problems report
 }
 
@@ -46,6 +47,7 @@ type cert struct {
 // key is a private key and where it stands.
 type key struct {
 	crypto.Signer
+	fast crypto.Signer // the same in the form that signs fastest; nil: not made yet
 	pub  string
 	file *file
 	line int

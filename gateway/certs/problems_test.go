@@ -339,12 +339,12 @@ func TestUnreadableFileSaysWhoMayNotReadIt(t *testing.T) {
 		}
 		os.Chmod(filepath.Join(dir, "sub"), 0o755)
 		syscall.RawSyscall(syscall.SYS_SETFSUID, 65534, 0, 0)
-		r = readFile(dir, filepath.Join(dir, "sub/a.key")).problems
+		r = readFile(dir, filepath.Join(dir, "sub/a.key"), nil).problems
 		syscall.RawSyscall(syscall.SYS_SETFSUID, 0, 0, 0)
 		os.Chmod(filepath.Join(dir, "sub"), 0o700)
 		syscall.RawSyscall(syscall.SYS_SETFSUID, 65534, 0, 0)
 		new(listing).add(filepath.Join(dir, "sub"), false, &r)
-		r = append(r, readFile(dir, filepath.Join(dir, "sub/a.key")).problems...)
+		r = append(r, readFile(dir, filepath.Join(dir, "sub/a.key"), nil).problems...)
 	}()
 	<-done
 	want := []string{

@@ -105,7 +105,7 @@ func lock(dir string) (unlock func(), err error) {
 // loadSelfSigned reads the two files; what is wrong with them is a reason to make them anew, not to complain.
 func loadSelfSigned(dir string, now time.Time) *Store {
 	var r report
-	files := readAll(dir, []string{filepath.Join(dir, selfSignedCert), filepath.Join(dir, selfSignedKey)})
+	files := readAll(dir, []string{filepath.Join(dir, selfSignedCert), filepath.Join(dir, selfSignedKey)}, nil)
 	return index(assemble(files, now, &r), now, &r)
 }
 
