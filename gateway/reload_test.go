@@ -445,6 +445,54 @@ func TestLargeReloadBesideTraffic(t *testing.T) {
 	}
 }
 
+// TestMillionPrefixesBesideTraffic: a list of that size is read in at most three seconds of CPU time, not read at all when it
+// did not change, and an echo on an open connection does not wait for it.
+func TestMillionPrefixesBesideTraffic(t *testing.T) {
+	if raceEnabled {
+		t.Skip("times are measured without the race detector")
+	}
+	var text strings.Builder
+	for i := range 1_000_000 {
+		n := uint32(i) * 2654435761 // in no order, and each one once
+		fmt.Fprintf(&text, "%d.%d.%d.%d\n", 128|n>>24, n>>16&255, n>>8&255, n&255)
+	}
+	backend := echoServer(t)
+	v := startLive(t, ":{0} edge.test -> "+backend)
+	c := v.dialTLS(t, 0, nil)
+	list := writeFile(t, "block.txt", []byte(text.String()))
+	quiet := echoTimes(t, c, func() bool { return false })
+	reload := func(rules string) (cpu, p time.Duration) {
+		t.Helper()
+		v.write(t, rules)
+		before, over := cpuTime(t), make(chan struct{})
+		go func() {
+			defer close(over)
+			if r := v.gateway.Reload(); !r.OK {
+				t.Errorf("%q", r.Problems)
+			}
+		}()
+		beside := echoTimes(t, c, func() bool {
+			select {
+			case <-over:
+				return false
+			default:
+				return true
+			}
+		})
+		<-over
+		return cpuTime(t) - before, p99(beside)
+	}
+	first, late := reload(":{0} edge.test -> " + backend + " deny=@" + list)
+	again, late2 := reload("\n:{0} edge.test -> " + backend + " deny=@" + list)
+	t.Logf("read in %v of CPU time, again in %v; p99 of echoes %v and %v, before it %v", first, again, late, late2, p99(quiet))
+	if first > 3*time.Second || again > first/2 {
+		t.Errorf("a million prefixes took %v of CPU time with the echoes, and again %v though nothing had changed", first, again)
+	}
+	if limit := max(10*p99(quiet), 50*time.Millisecond); late > limit || late2 > limit {
+		t.Errorf("p99 of echoes beside the reload: %v and %v, before it: %v", late, late2, p99(quiet))
+	}
+}
+
 // cpuTime is what this process has computed so far.
 func cpuTime(t testing.TB) time.Duration {
 	t.Helper()

@@ -133,9 +133,16 @@ func exists(path string) bool {
 func stem(path string) string { return strings.TrimSuffix(path, filepath.Ext(path)) }
 
 // readAll reads and parses files on all CPUs; most of the time is spent checking that keys are sound. Those that are what
-// they were are taken from the store before.
+// they were are taken from the store before. If there is one there is traffic as well, and one CPU has to do: the caller's
+// thread may have been told to yield to others, and new ones have not.
 func readAll(dir string, paths []string, before *Store) []*file {
 	files := make([]*file, len(paths))
+	if before != nil {
+		for i, path := range paths {
+			files[i] = before.readFile(dir, path)
+		}
+		return files
+	}
 	var next atomic.Int64
 	var workers sync.WaitGroup
 	for range min(runtime.GOMAXPROCS(0), len(paths)) {
