@@ -117,6 +117,7 @@ func TestImageRunsInAnEmptyFileSystem(t *testing.T) {
 	}
 	image := openDir(t, 0)
 	buildImage(t, image)
+	checkMaterials(t, image, uid)
 	if err := os.Chown(filepath.Join(image, "state"), uid, uid); err != nil {
 		t.Fatal(err)
 	}
@@ -175,6 +176,9 @@ func buildImage(t *testing.T, image string) {
 	for _, line := range dockerfile(t, "COPY") {
 		words := strings.Fields(line)
 		from, to := words[len(words)-2], words[len(words)-1]
+		if strings.HasPrefix(from, "/etc/") { // of the build image; this machine has the same
+			copyFile(t, from, filepath.Join(image, to))
+		}
 		if strings.HasPrefix(from, "/image/") && from != "/image"+to {
 			at := filepath.Join(image, to)
 			if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
@@ -184,6 +188,67 @@ func buildImage(t *testing.T, image string) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	text, err := os.ReadFile(from)
+	if err != nil {
+		absent(t, "%s is not there", from)
+	}
+	if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, text, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// inImage runs a command in the image's file system and returns what it says.
+func inImage(image string, uid int, environ []string, args ...string) string {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Dir, cmd.Env = "/", environ
+	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: image, Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+	out, err := cmd.CombinedOutput()
+	return fmt.Sprintf("%s%v", out, err)
+}
+
+// checkMaterials looks at what else is in the image: CAs to verify backends by, and the list of modules.
+func checkMaterials(t *testing.T, image string, uid int) {
+	t.Helper()
+	environ := []string{"TLSNAT_MAP=:9443 -> tls://backend.test:443 mode=tcp", "TLSNAT_ADMIN=off"}
+	if said := inImage(image, uid, environ, "/tlsnat", "check"); !strings.Contains(said, "ok: 1 rule") {
+		t.Errorf("a tls:// backend in the image: %s", said)
+	}
+	text, err := os.ReadFile(filepath.Join(image, "modules.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	modules := regexp.MustCompile(`(?m)^\tdep\t(\S+)\t(\S+)\t(h1:\S+)$`).FindAllSubmatch(text, -1)
+	sums, err := os.ReadFile(filepath.Join(root, "go.sum"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range modules {
+		if !strings.Contains(string(sums), fmt.Sprintf("%s %s %s\n", m[1], m[2], m[3])) {
+			t.Errorf("%s is not the module of go.sum", m[0])
+		}
+	}
+	if len(modules) < 5 || strings.Count(string(text), "\tdep\t") != len(modules) {
+		t.Errorf("modules without a hash:\n%s", text)
+	}
+}
+
+// TestToolchainIsNamed: go.mod and the build image name the same patch release, so that no older crypto/tls is compiled in.
+func TestToolchainIsNamed(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "go.mod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^go (1\.\d+\.[1-9]\d*)$`).FindSubmatch(text)
+	if m == nil {
+		t.Fatal("go.mod names no patch release")
+	}
+	if image := dockerfile(t, "ARG")[0]; !regexp.MustCompile(`^GO_IMAGE=golang:` + regexp.QuoteMeta(string(m[1])) + `(@sha256:[0-9a-f]{64})?$`).MatchString(image) {
+		t.Errorf("the image is built with %s, go.mod says %s", image, m[1])
 	}
 }
 
