@@ -84,6 +84,9 @@ func New(c *Config, out io.Writer) (*Gateway, error) {
 	}
 	g.lines = newLineBuffer(out)
 	g.log = newLogger(&g.settings, g.lines)
+	g.lines.lost = func(lines uint64) { // nothing is written before g.log is used
+		g.log.Warn("log lines were lost: what the log is written to did not take them", zap.Uint64("count", lines))
+	}
 	g.current.Store(g.newGeneration(c, nil))
 	g.maxConns.Store(g.connectionLimit(g.ports.next(c.Map, maySteer(c.Map) == nil)))
 	return g, nil
@@ -178,6 +181,9 @@ func (g *Gateway) complain(what, msg string, err error, where string) {
 
 // trusts says whether connections from the address begin with a PROXY header that is believed.
 func (g *Gateway) trusts(a netip.Addr) bool { return g.settings.Trusts(a) }
+
+// Open is how many connections are open.
+func (g *Gateway) Open() int64 { return g.open.Load() }
 
 // Draining says whether Drain was called: then health checks should fail.
 func (g *Gateway) Draining() bool { return g.draining.Load() }

@@ -3,9 +3,11 @@
 package gateway
 
 import (
+	"bytes"
 	"io"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -25,32 +27,81 @@ func newLogger(s *Settings, out *lineBuffer) *zap.Logger {
 		enc.EncodeLevel = zapcore.CapitalLevelEncoder
 		encoder = zapcore.NewConsoleEncoder(enc)
 	}
-	return zap.New(zapcore.NewCore(encoder, out, level))
+	return zap.New(printableCore{zapcore.NewCore(encoder, out, level)})
 }
+
+const (
+	// What a field of a line may have: a name has 253 bytes (RFC 1035, section 2.3.4), an error names two or three of them.
+	// Without a bound one client's lines would push everybody else's out of the buffer.
+	maxField = 512
+	// A message is our own text, and may have a path and a line of the map in it.
+	maxMessage = 4096
+)
+
+// printableCore has every line say in printable text, and not too much of it, what strangers have written. The lines' own
+// encoding escapes what JSON asks for and no more.
+type printableCore struct{ zapcore.Core }
+
+func (c printableCore) With(fields []zap.Field) zapcore.Core {
+	return printableCore{c.Core.With(fields)}
+}
+
+func (c printableCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(e.Level) {
+		return ce.AddCore(e, c)
+	}
+	return ce
+}
+
+func (c printableCore) Write(e zapcore.Entry, fields []zap.Field) error {
+	e.Message = Printable(e.Message, maxMessage)
+	for i := range fields {
+		switch f := &fields[i]; {
+		case f.Type == zapcore.ErrorType:
+			if err, ok := f.Interface.(error); ok && err != nil {
+				*f = zap.String(f.Key, Printable(err.Error(), maxField))
+			}
+		case f.Type == zapcore.StringType && f.Key != stackField:
+			f.String = Printable(f.String, maxField)
+		}
+	}
+	return c.Core.Write(e, fields)
+}
+
+// stackField is a panic's stack: our own, of many lines.
+const stackField = "stack"
 
 // Logger is the gateway's log, for what its owner has to say. It ends with Drain.
 func (g *Gateway) Logger() *zap.Logger { return g.log }
 
-// lineBuffer takes lines without waiting and writes them from a goroutine of its own. Lines that find it full are
-// dropped, and counted.
+// lineBuffer takes lines without waiting and writes them from a goroutine of its own. A line that finds it full, or that
+// can't be written, is lost and counted; when lines are written again the log says how many there were.
 type lineBuffer struct {
 	out     io.Writer
+	lost    func(lines uint64) // logs that
 	mu      sync.Mutex
 	some    sync.Cond
 	pending []byte
 	writing bool
 	closed  bool
+	torn    bool   // the last line that was written has no end
 	idle    []byte // the other half of the double buffer
 	done    chan struct{}
 	dropped atomic.Uint64
+	told    uint64 // of dropped, what lost was told
 }
 
-// What may wait to be written: a minute of a thousand lines a second would be 30 MB, a disk that hangs for longer
-// than a few seconds is given up on.
-const pendingLines = 8 << 20
+const (
+	// What may wait to be written: a minute of a thousand lines a second would be 30 MB, a disk that hangs for longer
+	// than a few seconds is given up on.
+	pendingLines = 8 << 20
+	// LastLines is how long the end waits for the last lines to be written. A reader that is merely slow takes a pipe's
+	// 64 KiB in no time; one that hangs must not keep the process from ending.
+	LastLines = 2 * time.Second
+)
 
 func newLineBuffer(out io.Writer) *lineBuffer {
-	b := &lineBuffer{out: out, done: make(chan struct{})}
+	b := &lineBuffer{out: out, lost: func(uint64) {}, done: make(chan struct{})}
 	b.some.L = &b.mu
 	go b.run()
 	return b
@@ -58,13 +109,14 @@ func newLineBuffer(out io.Writer) *lineBuffer {
 
 // Write takes a line.
 func (b *lineBuffer) Write(line []byte) (int, error) {
+	text := PrintableJSON(line)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.closed || len(b.pending)+len(line) > pendingLines {
+	if b.closed || len(b.pending)+len(text) > pendingLines {
 		b.dropped.Add(1)
 		return len(line), nil
 	}
-	b.pending = append(b.pending, line...)
+	b.pending = append(b.pending, text...)
 	if !b.writing {
 		b.some.Signal()
 	}
@@ -90,7 +142,9 @@ func (b *lineBuffer) run() {
 		batch := b.pending
 		b.pending, b.idle = b.idle[:0], nil
 		b.mu.Unlock()
-		_, _ = b.out.Write(batch) // nobody is left to complain to
+		if b.flush(batch) {
+			b.tell()
+		}
 		b.mu.Lock()
 		const worthKeeping = 256 << 10
 		if cap(batch) <= worthKeeping {
@@ -99,11 +153,41 @@ func (b *lineBuffer) run() {
 	}
 }
 
-// close writes what is pending and ends.
+// flush writes lines, and counts those that it can't write: on a full disk, to a reader that is gone.
+func (b *lineBuffer) flush(batch []byte) bool {
+	if b.torn {
+		if _, err := b.out.Write([]byte{'\n'}); err != nil {
+			b.dropped.Add(uint64(bytes.Count(batch, []byte{'\n'})))
+			return false
+		}
+		b.torn = false
+	}
+	n, err := b.out.Write(batch)
+	if err == nil {
+		return true
+	}
+	n = max(0, min(n, len(batch)))
+	b.torn = n > 0 && batch[n-1] != '\n'
+	b.dropped.Add(uint64(bytes.Count(batch[n:], []byte{'\n'})))
+	return false
+}
+
+// tell logs how many lines were lost since it was logged last.
+func (b *lineBuffer) tell() {
+	if n := b.dropped.Load(); n != b.told {
+		b.lost(n - b.told)
+		b.told = n
+	}
+}
+
+// close writes what is pending and ends, or gives up when nobody reads it.
 func (b *lineBuffer) close() {
 	b.mu.Lock()
 	b.closed = true
 	b.some.Signal()
 	b.mu.Unlock()
-	<-b.done
+	select {
+	case <-b.done:
+	case <-time.After(LastLines):
+	}
 }

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"go.uber.org/zap"
+)
+
+func TestPrintable(t *testing.T) {
+	for text, want := range map[string]string{
+		"": "", "www.bank.example": "www.bank.example", "bücher.example": "bücher.example", "日本 ok": "日本 ok",
+		"a\x1b[2Jb": `a\u001b[2Jb`, "a\u009b2Jb": `a\u009b2Jb`, "\u202egnp.exe": `\u202egnp.exe`, "a\u2028b\u2029": `a\u2028b\u2029`,
+		"a\x00\n\t\x7f": `a\u0000\u000a\u0009\u007f`, "\xff\xfe": `\xff\xfe`, "a\u200bb\ufeff": `a\u200bb\ufeff`, "\U000e0041": `\udb40\udc41`,
+	} {
+		if got := Printable(text, 100); got != want {
+			t.Errorf("%q becomes %q, want %q", text, got, want)
+		}
+	}
+	if got := Printable(strings.Repeat("x", 63<<10), 10); got != "xxxxxxxxxx…" {
+		t.Errorf("%q", got)
+	}
+	if got := Printable("123456789é", 10); got != "123456789…" {
+		t.Errorf("half a character: %q", got)
+	}
+	if n := testing.AllocsPerRun(100, func() { Printable("www.bank.example", 100) }); n != 0 {
+		t.Errorf("a plain name costs %v allocations", n)
+	}
+}
+
+func FuzzPrintable(f *testing.F) {
+	for _, s := range []string{"www", "\u202e", "\xff\u009b", "é\xc3", "\U000e0041"} {
+		f.Add(s, 10)
+	}
+	f.Fuzz(func(t *testing.T, s string, limit int) {
+		limit &= 1<<10 - 1
+		got := Printable(s, limit)
+		for _, r := range got {
+			if r == utf8.RuneError && !strings.ContainsRune(s, utf8.RuneError) || !unicode.IsPrint(r) {
+				t.Fatalf("%q of %q", r, got)
+			}
+		}
+		if len(got) > 6*limit+len("…") {
+			t.Fatalf("%d bytes of %d", len(got), limit)
+		}
+		if Printable(got, len(got)) != got {
+			t.Fatalf("%q changes", got)
+		}
+		line, err := json.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var back, same string
+		if json.Unmarshal(line, &back) != nil || json.Unmarshal(PrintableJSON(line), &same) != nil || back != same {
+			t.Fatalf("JSON that says something else: %q, %q", back, same)
+		}
+	})
+}
+
+// lines is what a logger of the format writes.
+func linesOf(t *testing.T, format string, write func(*zap.Logger)) string {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	b := newLineBuffer(w)
+	write(newLogger(&Settings{LogFormat: format, LogLevel: "info"}, b))
+	b.close()
+	w.Close()
+	text, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// TestLinesAreOfPrintableText: no field, whatever its type, brings anything to a terminal or a line to its end.
+func TestLinesAreOfPrintableText(t *testing.T) {
+	evil := "pay\u202e\u009b2J\x1b]0;x\x07\r\n{\"msg\":\"forged\"}\u2028"
+	for _, format := range []string{"json", "console"} {
+		text := linesOf(t, format, func(l *zap.Logger) {
+			l.Info("connection "+evil, zap.String("sni", evil), zap.Error(errors.New(evil)), zap.Strings("all", []string{evil}), zap.Any("any", evil))
+			l.With(zap.String("with", evil)).Warn("x")
+		})
+		if strings.Count(text, "\n") != 2 {
+			t.Errorf("%s: %d lines in %q", format, strings.Count(text, "\n"), text)
+		}
+		for _, r := range text {
+			if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
+				t.Errorf("%s: %q in %q", format, r, text)
+				break
+			}
+		}
+	}
+}
+
+// TestLinesAreBounded: a name of 63 KB takes no more of the buffer than others do.
+func TestLinesAreBounded(t *testing.T) {
+	long := strings.Repeat("x", 63<<10)
+	text := linesOf(t, "json", func(l *zap.Logger) {
+		l.Info("connection", zap.String("sni", long), zap.String("alpn", long), zap.Error(errors.New(long)))
+	})
+	if len(text) > 4*maxField || !strings.Contains(text, "…") {
+		t.Errorf("%d bytes", len(text))
+	}
+}
+
+// TestLinesThatAreNotWrittenAreCounted, on a disk that is full, and said when there is room again.
+func TestLinesThatAreNotWrittenAreCounted(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skip(err)
+	}
+	defer full.Close()
+	b := newLineBuffer(full)
+	for range 5 {
+		_, _ = b.Write([]byte("a line\n"))
+	}
+	b.close()
+	if n := b.dropped.Load(); n != 5 {
+		t.Errorf("%d lines were lost, want 5", n)
+	}
+}
+
+// torn takes some bytes of the first batch, then it fails once, then it takes all.
+type torn struct {
+	takes int
+	fails int
+	text  strings.Builder
+}
+
+func (w *torn) Write(p []byte) (int, error) {
+	if w.fails > 0 {
+		w.fails--
+		n := min(w.takes, len(p))
+		w.takes = 0
+		w.text.Write(p[:n])
+		return n, errors.New("no space left on device")
+	}
+	return w.text.Write(p)
+}
+
+// TestTornLineIsEnded: what is written behind half a line begins a line of its own, and the loss is told.
+func TestTornLineIsEnded(t *testing.T) {
+	w := &torn{takes: 9, fails: 2} // "line 1\nli" of the first, nothing of the second batch
+	b := newLineBuffer(io.Discard)
+	b.close()
+	var told []uint64
+	b.out, b.lost = w, func(n uint64) { told = append(told, n) }
+	for _, batch := range []string{"line 1\nline 2\nline 3\n", "line 4\n", "line 5\n"} {
+		if b.flush([]byte(batch)) {
+			b.tell()
+		}
+	}
+	if got, want := w.text.String(), "line 1\nli\nline 5\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if n := b.dropped.Load(); n != 3 || len(told) != 1 || told[0] != 3 {
+		t.Errorf("%d lost, told %v, want 3", n, told)
+	}
+}
+
+// TestHungReaderIsNotWaitedFor when the gateway ends.
+func TestHungReaderIsNotWaitedFor(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	b := newLineBuffer(w)
+	_, _ = b.Write(make([]byte, 1<<20)) // more than a pipe holds
+	began := time.Now()
+	b.close()
+	if took := time.Since(began); took < LastLines || took > LastLines+30*time.Second {
+		t.Errorf("it took %s, want %s", took, LastLines)
+	}
+}
