@@ -213,6 +213,9 @@ func (c *Config) readCerts() (problems Problems) {
 		if c.Map == nil || !c.onlyDemoTerminates() {
 			return nil
 		}
+		if err := OwnDirectory(c.Settings.State); err != nil {
+			return append(problems, Problem{Text: err.Error()})
+		}
 		store, err := certs.SelfSigned(filepath.Join(c.Settings.State, "demo"), []string{"localhost", "127.0.0.1", "::1"}, now)
 		if err != nil {
 			return Problems{{Text: fmt.Sprintf("make a certificate for the demo: %v; set %sSTATE to a directory that tlsnat may write to", err, Prefix)}}

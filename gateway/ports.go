@@ -462,11 +462,11 @@ func (g *Gateway) tellPorts(o *opening) {
 	}
 }
 
-// reserved is what a process has open beside connections: standard files, log, admin and its clients, name lookups,
+// reserved is what a process has open beside connections: standard files, log, name lookups, the admin and its clients,
 // the loops' pipes and pollers, and what they listen on.
 func (l *layout) reserved(loops int) int {
-	const others = 64
-	return others + loops*(len(l.plain)+len(l.anchors)+2*idlePipes+4)
+	const others = 16
+	return others + AdminClients() + AdminSpares + loops*(len(l.plain)+len(l.anchors)+2*idlePipes+4)
 }
 
 // fits says whether there are descriptors enough for so many loops. why is the reason that wide ranges aren't steered.

@@ -31,9 +31,12 @@ type Settings struct {
 	State      string `env:"STATE" doc:"Directory for what tlsnat makes itself (the demo's certificate). Default: $STATE_DIRECTORY, else tlsnat in the user's cache directory."`
 
 	Admin      string `env:"ADMIN" envDefault:"127.0.0.1:9180" doc:"Address of the admin page, health checks and metrics; 'off' for none. Off loopback it demands ADMIN_TOKEN."`
-	AdminToken string `env:"ADMIN_TOKEN" doc:"Bearer token that the admin address demands (not for /healthz and /readyz)." secret:"yes"`
-	LogLevel   string `env:"LOG_LEVEL" envDefault:"info" doc:"debug, info (a line for each connection), warn or error."`
-	LogFormat  string `env:"LOG_FORMAT" envDefault:"json" doc:"json or console."`
+	AdminToken string `env:"ADMIN_TOKEN" doc:"Bearer token that the admin address demands (not for /healthz and /readyz). If it is not set, reading is open on loopback, and orders need the token in the file admin-token of the state directory, which is made at the start." secret:"yes"`
+	// Of a secret there is always the name of a file, too.
+	AdminTokenFile string `env:"ADMIN_TOKEN_FILE" doc:"File that holds ADMIN_TOKEN. systemd: LoadCredential=admin-token:PATH does the same without a setting."`
+	AdminSocket    string `env:"ADMIN_SOCKET" doc:"Path of the Unix socket for orders and for the commands reload, show and backend; 'off' for none. Default: admin.sock in $RUNTIME_DIRECTORY, else in tlsnat of $XDG_RUNTIME_DIR, else in the state directory (admin-PORT.sock where ADMIN has another port than 9180); none with ADMIN=off."`
+	LogLevel       string `env:"LOG_LEVEL" envDefault:"info" doc:"debug, info (a line for each connection), warn or error."`
+	LogFormat      string `env:"LOG_FORMAT" envDefault:"json" doc:"json or console."`
 
 	Loops      int            `env:"LOOPS" doc:"Event loops. Default: as many as the process may use CPUs."`
 	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files allows."`
@@ -48,6 +51,7 @@ type Settings struct {
 	IdleTimeout    time.Duration `env:"IDLE_TIMEOUT" envDefault:"15m" doc:"A connection on which nothing moves for as long is ended."`
 	LingerTimeout  time.Duration `env:"LINGER_TIMEOUT" envDefault:"1m" doc:"The same once one side has ended its stream and the other has not: silence for as long ends it."`
 	DrainTimeout   time.Duration `env:"DRAIN_TIMEOUT" envDefault:"30s" doc:"After SIGTERM: connections that are still open then are cut."`
+	ShutdownDelay  time.Duration `env:"SHUTDOWN_DELAY" envDefault:"0s" doc:"After SIGTERM: /readyz fails at once, and new connections are accepted for so long still, until load balancers have noticed. DRAIN_TIMEOUT begins after it."`
 }
 
 // SettingError is one complaint about one setting.
@@ -105,6 +109,7 @@ func typeWord(t reflect.Type) string {
 func ReadSettings(environ []string) (Settings, error) {
 	var s Settings
 	vars, problems := ours(environ)
+	problems = append(problems, readSecrets(vars, environ)...)
 	err := env.ParseWithOptions(&s, env.Options{
 		Prefix:      Prefix,
 		Environment: vars,
@@ -150,6 +155,9 @@ func ours(environ []string) (map[string]string, []error) {
 			continue
 		}
 		if !slices.Contains(known, key) {
+			if isServiceLink(key, value) {
+				continue
+			}
 			problems = append(problems, &SettingError{Key: key, Msg: "there is no such setting; " + suggestion(key, known)})
 			continue
 		}
@@ -243,6 +251,9 @@ func (s *Settings) check() []error {
 	longer("LINGER_TIMEOUT", s.LingerTimeout)
 	if s.DrainTimeout < 0 {
 		bad("DRAIN_TIMEOUT", s.DrainTimeout.String(), "can't be negative; 0s cuts at once")
+	}
+	if s.ShutdownDelay < 0 {
+		bad("SHUTDOWN_DELAY", s.ShutdownDelay.String(), "can't be negative; 0s stops accepting at once")
 	}
 	if s.Loops < 0 || s.Loops > 1024 {
 		bad("LOOPS", fmt.Sprint(s.Loops), "write a number from 1 to 1024, or leave it out for one loop per CPU")

@@ -101,9 +101,7 @@ func (p *program) main() int {
 func isHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
 
 // configured says whether any setting is there.
-func (p *program) configured() bool {
-	return slices.ContainsFunc(p.environ, func(kv string) bool { return strings.HasPrefix(kv, gateway.Prefix) })
-}
+func (p *program) configured() bool { return gateway.Configured(p.environ) }
 
 // setting is a variable of the environment, without its prefix; empty is as good as not set.
 func (p *program) setting(key string) string {
@@ -153,6 +151,6 @@ func joined(err error) []error {
 // complain prints problems.
 func (p *program) complain(problems gateway.Problems) {
 	for _, problem := range problems {
-		fmt.Fprintln(p.err, problem)
+		fmt.Fprintf(p.err, "%s\n", gateway.PrintableJSON([]byte(problem.String())))
 	}
 }
