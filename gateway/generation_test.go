@@ -67,7 +67,7 @@ func TestGenerationIsListedThatBeganDuringTheSwap(t *testing.T) {
 		}
 	}
 	echo()
-	all := g.Generations(t.Context())
+	all := listed(t, g)
 	open := int64(0)
 	for _, i := range all {
 		open += i.Open
@@ -76,9 +76,16 @@ func TestGenerationIsListedThatBeganDuringTheSwap(t *testing.T) {
 		t.Errorf("a connection is open, and what is listed has %d: %+v", open, all)
 	}
 	_ = c.Close()
-	for deadline := time.Now().Add(time.Minute); len(g.Generations(t.Context())) != 1; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); len(listed(t, g)) != 1; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("its last connection has ended, and it is listed yet: %+v", g.Generations(t.Context()))
+			t.Fatalf("its last connection has ended, and it is listed yet: %+v", listed(t, g))
 		}
 	}
+}
+
+// listed are the generations that are in use.
+func listed(t *testing.T, g *Gateway) []GenerationInfo {
+	t.Helper()
+	all, _ := g.Generations(t.Context())
+	return all
 }

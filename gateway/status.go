@@ -271,20 +271,21 @@ type EndedConn struct {
 
 // Ended are those of the connections that ended last that the query is about, the latest first: at most limit of those with
 // outcome ok, and as many of the others, which the former would push out. So would load balancers' probes, which are left
-// out. The query's own limit and its place are for those that are open.
-func (g *Gateway) Ended(ctx context.Context, q ConnQuery, limit int) []EndedConn {
-	all := ask(ctx, g, func(l *loop) []EndedConn { return append(l.ended.list(&q, l.now), l.failed.list(&q, l.now)...) })
+// out. The query's own limit and its place are for those that are open. Of missing loops nothing is known.
+func (g *Gateway) Ended(ctx context.Context, q ConnQuery, limit int) (ended []EndedConn, missing []int) {
+	all, missing := ask(ctx, g, func(l *loop) []EndedConn { return append(l.ended.list(&q, l.now), l.failed.list(&q, l.now)...) })
 	slices.SortFunc(all, func(a, b EndedConn) int { return cmp.Compare(a.AgoMS, b.AgoMS) })
 	room := map[bool]int{true: limit, false: limit}
 	return slices.DeleteFunc(all, func(c EndedConn) bool {
 		ok := c.Outcome == OK.String()
 		room[ok]--
 		return room[ok] < 0
-	})
+	}), missing
 }
 
-// ask has f run on every loop and joins the answers. Loops that are over have none.
-func ask[T any](ctx context.Context, g *Gateway, f func(*loop) []T) []T {
+// ask has f run on every loop and joins the answers. Loops that are over have none; those that have not answered before ctx
+// is over are missing.
+func ask[T any](ctx context.Context, g *Gateway, f func(*loop) []T) (all []T, missing []int) {
 	answers := make([]chan []T, len(g.loops))
 	for i, l := range g.loops {
 		answer := make(chan []T, 1) // the loop doesn't wait for somebody to take it
@@ -294,24 +295,30 @@ func ask[T any](ctx context.Context, g *Gateway, f func(*loop) []T) []T {
 	return join(ctx, g, answers)
 }
 
-// join waits for the loops' answers.
-func join[T any](ctx context.Context, g *Gateway, answers []chan []T) (all []T) {
+// join waits for the loops' answers. One that is slow does not cost the answers of the others.
+func join[T any](ctx context.Context, g *Gateway, answers []chan []T) (all []T, missing []int) {
 	for i, l := range g.loops {
+		select {
+		case a := <-answers[i]:
+			all = append(all, a...)
+			continue
+		default:
+		}
 		select {
 		case a := <-answers[i]:
 			all = append(all, a...)
 		case <-l.done:
 		case <-ctx.Done():
-			return all
+			missing = append(missing, i)
 		}
 	}
-	return all
+	return all, missing
 }
 
 func millis(d int64) int64 { return d / int64(time.Millisecond) }
 
 func (r *report) info() ConnInfo {
-	i := ConnInfo{ID: r.idText(), Listen: r.listen.nameAt(r.port), Client: r.source, Peer: r.peer, SNI: r.sni, Backend: r.backend,
+	i := ConnInfo{ID: r.idText(), Listen: r.listen.nameAt(r.port), Client: r.source, Peer: r.peer, SNI: Printable(r.sni, maxField), Backend: r.backend,
 		Stage: r.stage.String(), Up: r.up, Down: r.down, rank: rankOf(r)}
 	if r.version != 0 {
 		i.TLS = r.versionNumber()
@@ -353,7 +360,7 @@ func (e *endedRing) list(q *ConnQuery, now int64) (all []EndedConn) {
 	for i := range e.ring {
 		if entry := &e.ring[i]; entry.at != 0 && q.fits(&entry.report, entry.report.stage) {
 			r := &entry.report
-			all = append(all, EndedConn{ConnInfo: r.info(), Outcome: r.outcome.String(), Error: r.err,
+			all = append(all, EndedConn{ConnInfo: r.info(), Outcome: r.outcome.String(), Error: Printable(r.err, maxField),
 				DurationMS: millis(entry.at - r.accepted), AgoMS: millis(now - entry.at)})
 		}
 	}
@@ -456,17 +463,17 @@ type GenerationInfo struct {
 	Current      bool      `json:"current"`   // new connections get it
 }
 
-// Generations are the configurations that are in use, the newest first.
-func (g *Gateway) Generations(ctx context.Context) []GenerationInfo {
+// Generations are the configurations that are in use, the newest first. Of missing loops the connections' ages are not known.
+func (g *Gateway) Generations(ctx context.Context) (infos []GenerationInfo, missing []int) {
 	current := g.current.Load()
 	all := append([]*generation{current}, g.reloads.living(current)...)
-	oldest := g.oldest(ctx)
-	infos := make([]GenerationInfo, len(all))
+	oldest, missing := g.oldest(ctx)
+	infos = make([]GenerationInfo, len(all))
 	for i, gen := range all {
 		infos[i] = GenerationInfo{Number: gen.number, Since: gen.made, Rules: len(gen.config.Map.Rules), Certificates: len(gen.certificates()),
 			Added: gen.added, Removed: gen.removed, Open: gen.open.Load(), OldestMS: oldest[gen.number], Current: i == 0}
 	}
-	return infos
+	return infos, missing
 }
 
 // LastReload is how the last reload ended, and how many there were of either kind; nil if there was none.

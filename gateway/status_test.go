@@ -51,7 +51,7 @@ func TestNewestConnectionsComeFirst(t *testing.T) {
 	const all = 3 * glance
 	l := crowd(t, all)
 	l.serve(t)
-	infos, next, err := l.gw.Conns(t.Context(), ConnQuery{Limit: 10})
+	infos, next, _, err := l.gw.Conns(t.Context(), ConnQuery{Limit: 10})
 	if err != nil || len(infos) != 10 || next == "" {
 		t.Fatalf("%d connections, next %q, %v; want 10 and more", len(infos), next, err)
 	}
@@ -71,7 +71,7 @@ func TestPagesAreTheWholeList(t *testing.T) {
 	l.serve(t)
 	var ranks []rank
 	for q := (ConnQuery{Limit: 1000}); ; {
-		infos, next, err := l.gw.Conns(t.Context(), q)
+		infos, next, _, err := l.gw.Conns(t.Context(), q)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -86,7 +86,7 @@ func TestPagesAreTheWholeList(t *testing.T) {
 		t.Errorf("%d connections on all pages, want 2500, each once", len(ranks))
 	}
 	for _, bad := range []string{"x", "1", "1.2.3", "-", "1.-1"} {
-		if _, _, err := l.gw.Conns(t.Context(), ConnQuery{Limit: 1, After: bad}); err == nil {
+		if _, _, _, err := l.gw.Conns(t.Context(), ConnQuery{Limit: 1, After: bad}); err == nil {
 			t.Errorf("after=%s is taken", bad)
 		}
 	}
@@ -107,12 +107,12 @@ func TestQueryFindsOneInACrowd(t *testing.T) {
 	for _, q := range []ConnQuery{{Client: netip.MustParsePrefix("198.51.100.0/24")}, {Name: "pay.bank.example"}, {Backend: "10.0.0.1:80"},
 		{Listen: ":8443"}, {Stage: "connect"}, {Name: "pay.bank.example", Stage: "connect"}} {
 		q.Limit = 5
-		infos, next, err := l.gw.Conns(t.Context(), q)
+		infos, next, _, err := l.gw.Conns(t.Context(), q)
 		if err != nil || len(infos) != 1 || infos[0].SNI != "pay.bank.example" || next != "" {
 			t.Errorf("%+v: %+v, next %q, %v", q, infos, next, err)
 		}
 	}
-	if infos, _, _ := l.gw.Conns(t.Context(), ConnQuery{Limit: 5, Name: "pay.bank.example", Stage: "relay"}); len(infos) != 0 {
+	if infos, _, _, _ := l.gw.Conns(t.Context(), ConnQuery{Limit: 5, Name: "pay.bank.example", Stage: "relay"}); len(infos) != 0 {
 		t.Errorf("%+v fits only in part", infos)
 	}
 }
@@ -208,5 +208,29 @@ func BenchmarkGlance(b *testing.B) {
 		}
 		l.posted = l.posted[:0]
 		s.turn()
+	}
+}
+
+// TestSlowLoopIsLeftOutAndNamed: the others' connections are told of, whichever of them is slow.
+func TestSlowLoopIsLeftOutAndNamed(t *testing.T) {
+	for slow := range 3 {
+		g := &Gateway{}
+		for i := range 3 {
+			l := crowd(t, 10)
+			l.gw = g
+			if i != slow { // that one is busy, and looks at nothing
+				l.serve(t)
+			}
+			g.loops = append(g.loops, l)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		infos, _, missing, err := g.Conns(ctx, ConnQuery{Limit: 100})
+		if err != nil || len(infos) != 20 || len(missing) != 1 || missing[0] != slow {
+			t.Errorf("%d connections, %v are missing, %v; want 20 and %d", len(infos), missing, err, slow)
+		}
+		if _, missing := g.Ended(ctx, ConnQuery{}, 10); len(missing) == 0 { // the time is over
+			t.Error("nobody is missing")
+		}
 	}
 }

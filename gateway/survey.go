@@ -87,15 +87,19 @@ type viewer[T any] interface {
 }
 
 // surveyed has a viewer look at every connection of each loop, and joins what they have seen. A loop that is not done
-// before ctx is over is left out.
-func surveyed[T any](ctx context.Context, g *Gateway, view func(*loop) viewer[T]) []T {
+// before ctx is over is left out, and named.
+func surveyed[T any](ctx context.Context, g *Gateway, view func(*loop) viewer[T]) (all []T, missing []int) {
 	answers := make([]chan []T, len(g.loops))
 	for i, l := range g.loops {
 		answer := make(chan []T, 1)
 		answers[i] = answer
 		l.post(func() {
 			v := view(l)
-			(&survey{loop: l, ctx: ctx, see: v.see, done: func() { answer <- v.seen() }}).begin()
+			(&survey{loop: l, ctx: ctx, see: v.see, done: func() {
+				if ctx.Err() == nil { // else it has not seen all, and nobody waits
+					answer <- v.seen()
+				}
+			}}).begin()
 		})
 	}
 	return join(ctx, g, answers)
@@ -150,15 +154,16 @@ func parseRank(s string) (p rank, err error) {
 }
 
 // Conns are the newest open connections that the query is about; next is where the following ones begin, "" if there are
-// none. Loops are asked a little at a time: 100,000 connections hold nobody up.
-func (g *Gateway) Conns(ctx context.Context, q ConnQuery) (infos []OpenConn, next string, err error) {
+// none. Loops are asked a little at a time: 100,000 connections hold nobody up. Those of missing loops, which did not answer
+// before ctx was over, are not among them.
+func (g *Gateway) Conns(ctx context.Context, q ConnQuery) (infos []OpenConn, next string, missing []int, err error) {
 	after := rank{}
 	if q.After != "" {
 		if after, err = parseRank(q.After); err != nil {
-			return nil, "", fmt.Errorf("after=%.40q is nothing that was answered as next", q.After)
+			return nil, "", nil, fmt.Errorf("after=%.40q is nothing that was answered as next", q.After)
 		}
 	}
-	all := surveyed(ctx, g, func(l *loop) viewer[OpenConn] { return &newest{loop: l, query: &q, after: after} })
+	all, missing := surveyed(ctx, g, func(l *loop) viewer[OpenConn] { return &newest{loop: l, query: &q, after: after} })
 	slices.SortFunc(all, func(a, b OpenConn) int { return a.rank.compare(b.rank) })
 	if len(all) > q.Limit {
 		all = all[:q.Limit]
@@ -166,7 +171,7 @@ func (g *Gateway) Conns(ctx context.Context, q ConnQuery) (infos []OpenConn, nex
 			next = all[q.Limit-1].rank.String()
 		}
 	}
-	return all, next, nil
+	return all, next, missing, nil
 }
 
 // newest keeps the newest connections of a loop, in order, which is several times faster than to sort all. It keeps one
@@ -215,12 +220,13 @@ func (c *conn) info() OpenConn {
 }
 
 // oldest is the age in milliseconds of the oldest connection of each generation.
-func (g *Gateway) oldest(ctx context.Context) map[uint64]int64 {
-	oldest := map[uint64]int64{}
-	for _, a := range surveyed(ctx, g, func(l *loop) viewer[age] { return &ages{loop: l, began: map[*generation]int64{}} }) {
+func (g *Gateway) oldest(ctx context.Context) (oldest map[uint64]int64, missing []int) {
+	all, missing := surveyed(ctx, g, func(l *loop) viewer[age] { return &ages{loop: l, began: map[*generation]int64{}} })
+	oldest = map[uint64]int64{}
+	for _, a := range all {
 		oldest[a.generation] = max(oldest[a.generation], a.ms)
 	}
-	return oldest
+	return oldest, missing
 }
 
 type age struct {

@@ -231,9 +231,9 @@ func (b *bed) conns(t testing.TB, limit int) []gateway.OpenConn {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	open, _, err := b.gateway.Conns(ctx, gateway.ConnQuery{Limit: limit})
-	if err != nil {
-		t.Fatal(err)
+	open, _, missing, err := b.gateway.Conns(ctx, gateway.ConnQuery{Limit: limit})
+	if err != nil || len(missing) > 0 {
+		t.Fatal(err, missing)
 	}
 	return open
 }

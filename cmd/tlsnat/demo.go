@@ -23,6 +23,9 @@ func (p *program) demo(args []string) int {
 		return exitInput
 	}
 	e, err := p.open(config)
+	if errors.Is(err, errStopped) {
+		return exitOK
+	}
 	if err != nil {
 		return p.cannotDemo(err)
 	}
@@ -72,10 +75,19 @@ func (p *program) welcome(e *edge, noAdmin error) {
   listens   :8443
   try it    curl --cacert %s https://localhost:8443/
   admin     %s
+  orders    tlsnat reload, tlsnat backend …%s
   log       below, a line for each connection
   stop      Ctrl-C
 
-`, shellQuote(cert), admin)
+`, shellQuote(cert), admin, byPage(e))
+}
+
+// byPage says what the page asks for before it gives an order.
+func byPage(e *edge) string {
+	if path := e.admin.TokenPath(); path != "" {
+		return "; the page asks for the token in " + path
+	}
+	return ""
 }
 
 // shellQuote writes a word so that a shell takes it for one.

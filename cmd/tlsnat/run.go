@@ -4,12 +4,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -22,32 +24,45 @@ func (p *program) run(args []string) int {
 	if !p.noArguments("run", args) {
 		return exitUsage
 	}
+	// A log collector that ends must not take the gateway with it: without this the runtime ends a process that writes to a
+	// closed pipe on its standard output or error. And SIGUSR1 and SIGUSR2 mean something to other servers only.
+	signal.Ignore(syscall.SIGPIPE, syscall.SIGUSR1, syscall.SIGUSR2)
+	// A hook that has renewed a certificate sends SIGHUP at any time, also while this one starts: then it reloads afterwards.
+	hangups := make(chan os.Signal, 1) // one that comes during a reload leads to another one
+	signal.Notify(hangups, syscall.SIGHUP)
 	config, problems := p.config()
 	if config == nil {
 		p.complain(problems)
 		return exitInput
 	}
-	// A log collector that ends must not take the gateway with it. Without this the runtime ends a process that
-	// writes to a closed pipe on its standard output or error.
-	signal.Ignore(syscall.SIGPIPE)
 	e, err := p.open(config)
+	if errors.Is(err, errStopped) {
+		return exitOK
+	}
 	if err != nil {
 		return p.cannot(err)
 	}
+	e.hangups = hangups
 	if e.admin, err = startAdmin(config.Settings, e.Gateway); err != nil {
 		e.Drain(cancelled())
 		return p.cannot(err)
 	}
-	e.hangups = make(chan os.Signal, 1) // one that comes during a reload leads to another one
-	signal.Notify(e.hangups, syscall.SIGHUP)
 	gateway.LogProblems(e.Logger(), problems.Lines())
-	e.Logger().Info("running", zap.String("version", buildVersion()), zap.Strings("listen", e.listens()), zap.String("admin", e.admin.Addr()))
+	e.Logger().Info("running", zap.String("version", buildVersion()), zap.Strings("listen", e.listens()), zap.String("admin", e.admin.Addr()), zap.String("admin_socket", e.admin.Socket()))
 	return p.serve(e)
 }
 
-// cannot prints why the gateway can't run.
+// cannot prints why the gateway can't run. Whoever reads that may have stopped reading: it is not waited for.
 func (p *program) cannot(err error) int {
-	fmt.Fprintln(p.err, err)
+	printed := make(chan struct{})
+	go func() {
+		fmt.Fprintln(p.err, err)
+		close(printed)
+	}()
+	select {
+	case <-printed:
+	case <-time.After(gateway.LastLines):
+	}
 	return exitCannot
 }
 
@@ -60,7 +75,11 @@ type edge struct {
 	hangups chan os.Signal // nil: they end the process, as the end of its terminal should
 }
 
-// open makes a gateway and lets it listen. From here on the signals are ours.
+// errStopped is that a signal came before anybody was served.
+var errStopped = errors.New("stopped while it started")
+
+// open makes a gateway and lets it listen. From here on the signals are ours: one that ends the process does so at once
+// while the start waits for something, such as DNS.
 func (p *program) open(config *gateway.Config) (*edge, error) {
 	if err := harden(); err != nil {
 		return nil, err
@@ -71,7 +90,14 @@ func (p *program) open(config *gateway.Config) (*edge, error) {
 	if e.Gateway, err = gateway.New(config, p.err); err != nil {
 		return nil, err
 	}
-	return e, e.Start()
+	started := make(chan error, 1)
+	go func() { started <- e.Start() }()
+	select {
+	case err := <-started:
+		return e, err
+	case <-e.signals:
+		return nil, errStopped
+	}
 }
 
 // listens are the ports of the map, as ranges; of a map with very many the first.
@@ -114,16 +140,18 @@ func (e *edge) reload() {
 	notify("READY=1\nSTATUS=listening on " + strings.Join(e.listens(), " "))
 }
 
-// drain lets connections end until the deadline, or until a signal says that it's enough.
+// drain lets connections end until the deadline, or until a signal says that it's enough. Load balancers hear of it first,
+// and get TLSNAT_SHUTDOWN_DELAY to stop sending.
 func (e *edge) drain(why fmt.Stringer) {
-	patience := e.config.Settings.DrainTimeout
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	if why == syscall.SIGQUIT {
-		cancel()
-	}
+	settings := &e.config.Settings
 	notify("STOPPING=1")
 	e.admin.Retire()
+	patience := settings.DrainTimeout
+	if why == syscall.SIGQUIT || !e.linger(why, settings.ShutdownDelay) {
+		patience = 0
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
 	e.Logger().Info("draining", zap.Stringer("reason", why), zap.Stringer("deadline", patience))
 	go func() {
 		select {
@@ -133,6 +161,21 @@ func (e *edge) drain(why fmt.Stringer) {
 		}
 	}()
 	e.Drain(ctx)
+}
+
+// linger goes on accepting for as long. A signal, or a loop that fails, ends it, and the drain as well: false.
+func (e *edge) linger(why fmt.Stringer, delay time.Duration) bool {
+	if delay <= 0 {
+		return true
+	}
+	e.Logger().Info("shutting down: /readyz fails from now on, connections are still accepted", zap.Stringer("reason", why), zap.Stringer("delay", delay))
+	select {
+	case <-time.After(delay):
+		return true
+	case <-e.signals:
+	case <-e.Failed():
+	}
+	return false
 }
 
 func cancelled() context.Context {

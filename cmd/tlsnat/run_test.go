@@ -267,11 +267,7 @@ func TestQuitStopsNow(t *testing.T) {
 
 func TestDrainIsAskedForOverTheAdmin(t *testing.T) {
 	r := runGateway(t)
-	response, err := http.Post("http://"+r.admin+"/api/v1/drain", "", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	response.Body.Close()
+	response := r.order(t, "drain")
 	r.err.await(t, `"msg":"draining"`, `"reason":"POST /api/v1/drain"`)
 	if code := r.exit(t); code != exitOK {
 		t.Errorf("status %s, exit code %d", response.Status, code)
@@ -298,11 +294,7 @@ func TestReloadByEveryWay(t *testing.T) {
 	if code != exitInput || !hasAll(out, []string{"edge.natmap:1", "generation 3 is still served"}) {
 		t.Errorf("a broken map: exit code %d: %s", code, out)
 	}
-	response, err := http.Post("http://"+r.admin+"/api/v1/reload", "", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
+	response := r.order(t, "reload")
 	var answer struct {
 		OK         bool
 		Generation int
@@ -344,9 +336,29 @@ func TestShow(t *testing.T) {
 // ask runs another command against the running gateway.
 func (r *running) ask(t testing.TB, args ...string) (string, int) {
 	t.Helper()
-	cmd := command(t, t.TempDir(), []string{"TLSNAT_ADMIN=" + r.admin}, args...)
+	cmd := command(t, r.dir, []string{"TLSNAT_ADMIN=" + r.admin}, args...)
 	out, _ := cmd.CombinedOutput()
 	return string(out), cmd.ProcessState.ExitCode()
+}
+
+// order sends an order over TCP, with the token that the gateway has made.
+func (r *running) order(t testing.TB, what string) *http.Response {
+	t.Helper()
+	token, err := os.ReadFile(filepath.Join(r.dir, ".cache/tlsnat/admin-token"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	request, err := http.NewRequest("POST", "http://"+r.admin+"/api/v1/"+what, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { response.Body.Close() })
+	return response
 }
 
 // writeMap changes the option of the map's rule.

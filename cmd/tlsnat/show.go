@@ -4,9 +4,9 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -23,9 +23,18 @@ import (
 	"github.com/tlsnat/tlsnat/gateway/admin"
 )
 
-// client is who to ask about the running gateway: the admin that the settings name.
+// client is who to ask about the running gateway: the admin that the settings name. What is wrong with other settings does
+// not matter here.
 func (p *program) client() (*admin.Client, error) {
-	return admin.NewClient(cmp.Or(p.setting("ADMIN"), "127.0.0.1:9180"), p.setting("ADMIN_TOKEN"))
+	s, err := gateway.ReadSettings(p.environ)
+	for _, e := range joined(err) {
+		if wrong, ok := errors.AsType[*gateway.SettingError](e); ok && (strings.HasPrefix(wrong.Key, gateway.Prefix+"ADMIN_TOKEN") || wrong.Key == "CREDENTIALS_DIRECTORY") {
+			return nil, e
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), askTime)
+	defer cancel()
+	return admin.Connect(ctx, s)
 }
 
 // view is a thing to show: how to get it, and how it looks as a table.
@@ -134,7 +143,11 @@ func (p *program) showOnce(ctx context.Context, s sight) error {
 		return err
 	}
 	if s.asJSON {
-		return json.NewEncoder(p.out).Encode(answer)
+		text, err := json.Marshal(answer)
+		if err == nil {
+			_, err = p.out.Write(append(gateway.PrintableJSON(text), '\n'))
+		}
+		return err
 	}
 	var text bytes.Buffer
 	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
@@ -166,14 +179,8 @@ func row(w io.Writer, cells ...any) {
 	fmt.Fprintln(w)
 }
 
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
-			return '?'
-		}
-		return r
-	}, s)
-}
+// printable is a cell of a table. What is longer than a name can be is cut: nobody reads it there, and --json has it.
+func printable(s string) string { return gateway.Printable(s, 1024) }
 
 func showMap(w io.Writer, a admin.MapAnswer) {
 	row(w, "LISTEN", "NAME", "TO", "MODE", "OPEN", "TOTAL", "RULE")
@@ -210,6 +217,7 @@ func showConns(w io.Writer, a admin.ConnsAnswer) {
 	if a.Next != "" {
 		fmt.Fprintf(w, "\n%d shown, %d open; --limit shows more, and --after %s those that come behind\n", len(a.Connections), a.Total, a.Next)
 	}
+	missing(w, a.Missing)
 }
 
 func showCerts(w io.Writer, a admin.CertsAnswer) {
@@ -225,6 +233,13 @@ func showCerts(w io.Writer, a admin.CertsAnswer) {
 	more(w, len(a.Certificates), a.Total)
 }
 
+// missing says that loops have not answered.
+func missing(w io.Writer, loops []int) {
+	if len(loops) > 0 {
+		fmt.Fprintf(w, "\n%s did not answer in time: what belongs to loops %v is missing\n", count(len(loops), "event loop"), loops)
+	}
+}
+
 func showGenerations(w io.Writer, a admin.GenerationsAnswer) {
 	row(w, "GENERATION", "SINCE", "RULES", "CERTIFICATES", "OPEN", "OLDEST")
 	for _, g := range a.Generations {
@@ -237,6 +252,7 @@ func showGenerations(w io.Writer, a admin.GenerationsAnswer) {
 	for _, g := range a.Generations {
 		writeChanges(w, fmt.Sprintf("\ngeneration %d changed:\n", g.Number), g.Added, g.Removed)
 	}
+	missing(w, a.Missing)
 }
 
 // writeChanges lists rules that came and went, under a heading if there are any.

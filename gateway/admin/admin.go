@@ -21,14 +21,17 @@
 //	POST /api/v1/drain        what SIGTERM does
 //	POST /api/v1/reload       what SIGHUP does, with an answer
 //
-// With a token everything but the health checks demands it: as "Authorization: Bearer TOKEN", or as the password of
-// Basic authentication, which is what a browser can ask its user for. Without one the address is a loopback one, and
-// who may connect to that may look.
+// It listens on TCP, and on a Unix socket. Orders (POST) come by the socket, whose mode says who may give them, or with the
+// token: as "Authorization: Bearer TOKEN", or as the password of Basic authentication, which is what a browser can ask its
+// user for. If the settings have no token, one is made in the state directory, the address is a loopback one, and who may
+// connect to that may look; with TLSNAT_ADMIN_TOKEN everything but the health checks demands it.
 //
 // It does not speak TLS, and except for drain, reload and the states of backends it changes nothing.
 package admin
 
 import (
+	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
@@ -43,16 +46,18 @@ import (
 	"syscall"
 	"time"
 
-	"go.uber.org/zap"
-	"golang.org/x/net/netutil"
-
 	"github.com/tlsnat/tlsnat/gateway"
+	"go.uber.org/zap"
 )
 
 const (
-	// Connections at once. The gateway sets 64 descriptors aside for everything that is not traffic; clients of the
-	// admin must not take those that it accepts with.
-	maxClients = 48
+	// Connections to the socket at once: a handful of commands.
+	maxSocketClients = 32
+	// Answers being written at once. With fewer, readers on slow networks would disturb each other; each may be megabytes.
+	maxAnswers = 16
+	// Answers being made at once, and how long a place rests after each when others wait, as a multiple of the time that it
+	// took and at most: so who asks without end gets half a core, and the loops and health checks the rest.
+	maxMaking, restAfter, longestRest = 2, 3, 100 * time.Millisecond
 	// Nothing that is asked here has a body, and no client needs longer for a few lines of header.
 	headerTime = 5 * time.Second
 	// The slowest reader of the longest answer.
@@ -65,38 +70,99 @@ const (
 
 // Server is the admin of one gateway. A nil Server is one that was switched off.
 type Server struct {
-	gateway *gateway.Gateway
-	version string
-	http    *http.Server
-	addr    netip.AddrPort
-	secret  [sha256.Size]byte // of the token
-	open    bool              // no token is needed
+	gateway   *gateway.Gateway
+	version   string
+	http      *http.Server
+	addr      netip.AddrPort     // not valid: it does not listen on TCP
+	secret    *[sha256.Size]byte // of the token; nil: there is none, so nobody has it
+	open      bool               // no token is needed to look
+	tokenPath string             // of the token that was made; "": it was set
+	tcp, unix *clients           // nil: it does not listen there
+	socket    *socket
+	kept      *reserve
+	making    chan struct{} // has an entry for each answer that is being made
+	waiting   atomic.Int32  // requests for a place in it
+	orders    orders
 
 	draining   atomic.Bool
 	drainOnce  sync.Once
 	drainAsked chan struct{}
 }
 
-// Start listens on TLSNAT_ADMIN and serves until Close. With TLSNAT_ADMIN=off it returns nil, which is a Server too.
-// The version is what it says is running.
+// Start listens on TLSNAT_ADMIN and TLSNAT_ADMIN_SOCKET and serves until Close. With both off it returns nil, which is a
+// Server too. The version is what it says is running.
 func Start(s gateway.Settings, g *gateway.Gateway, version string) (*Server, error) {
-	if s.Admin == "off" {
+	if path, _ := s.AdminSocketAt(s.Admin); s.Admin == "off" && path == "" {
 		return nil, nil
 	}
-	l, err := net.Listen("tcp", s.Admin)
+	a := &Server{gateway: g, version: version, open: s.AdminToken == "", drainAsked: make(chan struct{}), making: make(chan struct{}, maxMaking)}
+	l, err := a.listenTCP(s)
 	if err != nil {
-		return nil, fmt.Errorf("%sADMIN=%s: %w; %s", gateway.Prefix, s.Admin, reason(err), hint(err))
+		return nil, err
 	}
-	a := &Server{gateway: g, version: version, addr: l.Addr().(*net.TCPAddr).AddrPort(), secret: sha256.Sum256([]byte(s.AdminToken)),
-		open: s.AdminToken == "", drainAsked: make(chan struct{})}
-	if a.open && !a.addr.Addr().IsLoopback() {
-		_ = l.Close()
-		return nil, fmt.Errorf("%sADMIN=%s is not a loopback address, and then %sADMIN_TOKEN has to be set", gateway.Prefix, s.Admin, gateway.Prefix)
+	at := s.Admin
+	if l != nil {
+		at = a.Addr()
 	}
+	if a.socket, err = openSocket(s, at, func(text string) { g.Logger().Warn(text) }); err != nil {
+		if l != nil {
+			_ = l.Close()
+		}
+		return nil, err
+	}
+	a.kept = newReserve(gateway.AdminSpares)
 	a.http = &http.Server{Handler: a.routes(), ReadHeaderTimeout: headerTime, ReadTimeout: headerTime, WriteTimeout: answerTime,
-		IdleTimeout: idleTime, MaxHeaderBytes: maxHeader, ErrorLog: a.errorLog(), DisableGeneralOptionsHandler: true}
-	go func() { _ = a.http.Serve(netutil.LimitListener(l, maxClients)) }()
+		IdleTimeout: idleTime, MaxHeaderBytes: maxHeader, ErrorLog: a.errorLog(), DisableGeneralOptionsHandler: true, ConnContext: withClient,
+		ConnState: noteIdle}
+	if a.socket != nil {
+		a.unix = newClients(a.socket, maxSocketClients, a.kept)
+		go func() { _ = a.http.Serve(a.unix) }()
+	}
+	if l != nil {
+		a.useToken(s)
+		a.tcp = newClients(l, gateway.AdminClients(), a.kept)
+		go func() { _ = a.http.Serve(a.tcp) }()
+	}
 	return a, nil
+}
+
+// listenTCP listens on the address; nil: it is off.
+func (s *Server) listenTCP(settings gateway.Settings) (net.Listener, error) {
+	if settings.Admin == "off" {
+		return nil, nil
+	}
+	l, err := net.Listen("tcp", settings.Admin)
+	if err != nil {
+		return nil, fmt.Errorf("%sADMIN=%s: %w; %s", gateway.Prefix, settings.Admin, reason(err), hint(err))
+	}
+	s.addr = l.Addr().(*net.TCPAddr).AddrPort()
+	if s.open && !s.addr.Addr().IsLoopback() {
+		_ = l.Close()
+		return nil, fmt.Errorf("%sADMIN=%s is not a loopback address, and then %sADMIN_TOKEN has to be set", gateway.Prefix, settings.Admin, gateway.Prefix)
+	}
+	return l, nil
+}
+
+// useToken takes the token that is set, or the one in the state directory. Without either nobody gives orders over TCP.
+func (s *Server) useToken(settings gateway.Settings) {
+	token := settings.AdminToken
+	if token == "" {
+		var err error
+		if token, err = settings.MakeAdminToken(); err != nil || token == "" {
+			s.gateway.Logger().Warn("there is no token, so nobody can give orders over TCP: set "+gateway.Prefix+"ADMIN_TOKEN", zap.Error(err))
+			return
+		}
+		s.tokenPath = settings.AdminTokenPath()
+	}
+	sum := sha256.Sum256([]byte(token))
+	s.secret = &sum
+}
+
+// noteIdle tells a client that its answer is written.
+func noteIdle(c net.Conn, state http.ConnState) {
+	if n, ok := c.(*client); ok && state == http.StateIdle {
+		n.answered()
+	}
 }
 
 // errorLog is the gateway's log for what package log writes to: what the HTTP server can't tell anybody else.
@@ -131,10 +197,26 @@ func hint(err error) string {
 
 // Addr is the address that it listens on, empty if it's off.
 func (s *Server) Addr() string {
-	if s == nil {
+	if s == nil || !s.addr.IsValid() {
 		return ""
 	}
 	return s.addr.String()
+}
+
+// Socket is the path of the socket that it listens on, empty if there is none.
+func (s *Server) Socket() string {
+	if s == nil || s.socket == nil {
+		return ""
+	}
+	return s.socket.path
+}
+
+// TokenPath is the file with the token that was made, empty if one was set or none is needed.
+func (s *Server) TokenPath() string {
+	if s == nil {
+		return ""
+	}
+	return s.tokenPath
 }
 
 // DrainAsked is closed when somebody has asked for a drain. It's up to the caller to do it.
@@ -160,6 +242,7 @@ func (s *Server) Close() error {
 	if s == nil {
 		return nil
 	}
+	defer s.kept.close()
 	return s.http.Close()
 }
 
@@ -167,7 +250,7 @@ func (s *Server) Close() error {
 func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /{$}", thePage)
-	mux.Handle("GET /metrics", s.metrics())
+	mux.Handle("GET /metrics", s.bounded(s.metrics()))
 	s.api(mux)
 
 	all := http.NewServeMux()
@@ -177,13 +260,72 @@ func (s *Server) routes() http.Handler {
 	own.SetDenyHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, http.StatusForbidden, "A page of another site has asked for this", "use the admin's own page, tlsnat or curl")
 	}))
-	all.Handle("/", s.guard(own.Handler(mux)))
+	all.Handle("/", own.Handler(s.guard(mux)))
 	return harmless(all)
 }
 
-func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, "ok") }
+// bounded is for answers that take time to make and to write: few are made at once, in memory, and few are written.
+func (s *Server) bounded(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.waiting.Add(1)
+		select {
+		case s.making <- struct{}{}:
+			s.waiting.Add(-1)
+		case <-r.Context().Done(): // it has lost its place meanwhile
+			s.waiting.Add(-1)
+			return
+		}
+		made := &madeAnswer{header: w.Header()}
+		func() {
+			defer s.made(time.Now())
+			next.ServeHTTP(made, r)
+		}()
+		if n := clientOf(r); n != nil {
+			n.answers()
+		}
+		made.send(w)
+	})
+}
+
+// made gives the place of an answer to the next one, after a rest.
+func (s *Server) made(began time.Time) {
+	if s.waiting.Load() == 0 {
+		<-s.making
+		return
+	}
+	time.AfterFunc(min(restAfter*time.Since(began), longestRest), func() { <-s.making })
+}
+
+// madeAnswer is an answer that is not sent yet.
+type madeAnswer struct {
+	header http.Header
+	code   int
+	body   bytes.Buffer
+}
+
+func (m *madeAnswer) Header() http.Header { return m.header }
+
+func (m *madeAnswer) WriteHeader(code int) {
+	if m.code == 0 {
+		m.code = code
+	}
+}
+
+func (m *madeAnswer) Write(p []byte) (int, error) { return m.body.Write(p) }
+
+func (m *madeAnswer) send(w http.ResponseWriter) {
+	w.WriteHeader(cmp.Or(m.code, http.StatusOK))
+	_, _ = w.Write(m.body.Bytes())
+}
+
+// Health checks come without a token, so nobody knows from whom: their connections are not kept.
+func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Connection", "close")
+	answer(w, http.StatusOK, "ok")
+}
 
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Connection", "close")
 	if s.isDraining() {
 		answer(w, http.StatusServiceUnavailable, "draining")
 		return
@@ -221,20 +363,34 @@ func harmless(next http.Handler) http.Handler {
 	})
 }
 
-// guard lets through who may look.
+// guard lets through who may look, and of those who may give orders. Who could open the socket may do both.
 func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		looks := r.Method == http.MethodGet || r.Method == http.MethodHead
 		switch {
+		case bySocket(r):
+			next.ServeHTTP(w, r)
 		case !s.knows(r.Host):
 			refuse(w, r, http.StatusMisdirectedRequest, "This address answers to "+s.Addr()+" and localhost only", "name one of them in the request")
-		case !s.open && !s.trusts(r):
-			w.Header().Add("WWW-Authenticate", `Bearer realm="tlsnat"`)
-			w.Header().Add("WWW-Authenticate", `Basic realm="tlsnat: any name, and the token as password", charset="UTF-8"`)
-			refuse(w, r, http.StatusUnauthorized, "This needs the token", "send Authorization: Bearer TOKEN, or any name with the token as password")
-		default:
+		case looks && s.open, s.trusts(r):
 			next.ServeHTTP(w, r)
+		case looks:
+			s.demandToken(w, r)
+		default:
+			s.refuseOrder(w, r)
 		}
 	})
+}
+
+func bySocket(r *http.Request) bool {
+	n := clientOf(r)
+	return n != nil && n.peer != nil
+}
+
+func (s *Server) demandToken(w http.ResponseWriter, r *http.Request) {
+	w.Header().Add("WWW-Authenticate", `Bearer realm="tlsnat"`)
+	w.Header().Add("WWW-Authenticate", `Basic realm="tlsnat: any name, and the token as password", charset="UTF-8"`)
+	refuse(w, r, http.StatusUnauthorized, "This needs the token", "send Authorization: Bearer TOKEN, or any name with the token as password")
 }
 
 // knows says whether the name that a request is for may be ours. On loopback it must be a loopback one: a web site may
@@ -256,6 +412,9 @@ func (s *Server) knows(hostport string) bool {
 
 // trusts says whether the request has the token. Hashes are compared, which have one length whatever was sent.
 func (s *Server) trusts(r *http.Request) bool {
+	if s.secret == nil {
+		return false
+	}
 	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok {
 		if _, token, ok = r.BasicAuth(); !ok {

@@ -13,13 +13,21 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway"
 )
 
-// Loops answer within a millisecond, as a rule. One that doesn't for this long is left out.
-const loopTime = 2 * time.Second
+// Loops answer within a millisecond, as a rule. One that doesn't for this long is left out, and named.
+const loopTime = 100 * time.Millisecond
+
+// surveyTime is the same for what each of so many connections is asked: a loop looks at 256 in 100 µs, and lets its traffic
+// have as much time.
+func surveyTime(open int64) time.Duration {
+	const each = time.Microsecond
+	return loopTime + time.Duration(open)*each
+}
 
 // A reload reads every file and looks up every backend; it may take longer than other answers.
 const reloadTime = 2 * time.Minute
@@ -48,10 +56,11 @@ type MapAnswer struct {
 
 // ConnsAnswer is GET /api/v1/conns.
 type ConnsAnswer struct {
-	Total       int64               `json:"total"`          // open
-	Connections []gateway.OpenConn  `json:"connections"`    // the newest first
-	Next        string              `json:"next,omitempty"` // where the following ones begin; "": there are none
-	Ended       []gateway.EndedConn `json:"ended"`          // the last few with outcome ok and the last few without, the latest first
+	Total       int64               `json:"total"`                   // open
+	Connections []gateway.OpenConn  `json:"connections"`             // the newest first
+	Next        string              `json:"next,omitempty"`          // where the following ones begin; "": there are none
+	Ended       []gateway.EndedConn `json:"ended"`                   // the last few with outcome ok and the last few without, the latest first
+	Missing     []int               `json:"loops_missing,omitempty"` // event loops that did not answer in time: theirs are not told of
 }
 
 // CertsAnswer is GET /api/v1/certs: the certificate that expires first comes first.
@@ -63,6 +72,7 @@ type CertsAnswer struct {
 // GenerationsAnswer is GET /api/v1/generations: the current one first.
 type GenerationsAnswer struct {
 	Generations []gateway.GenerationInfo `json:"generations"`
+	Missing     []int                    `json:"loops_missing,omitempty"` // event loops that did not answer in time: oldest_ms is without theirs
 }
 
 // DrainAnswer is POST /api/v1/drain.
@@ -89,8 +99,8 @@ type Endpoint struct {
 const apiPath = "/api/v1/"
 
 // lists is an endpoint that tells at most so many things.
-func lists(name string, normal, most int, does string, ask func(ctx context.Context, limit int) any) Endpoint {
-	e := reads(name, does, nil)
+func (s *Server) lists(name string, normal, most int, does string, ask func(ctx context.Context, limit int) any) Endpoint {
+	e := s.reads(name, does, nil)
 	e.Query = fmt.Sprintf("limit=0-%d", most)
 	e.handle = func(w http.ResponseWriter, r *http.Request) {
 		limit, err := limitOf(r, normal, most)
@@ -106,9 +116,9 @@ func lists(name string, normal, most int, does string, ask func(ctx context.Cont
 }
 
 // reads is an endpoint that tells one thing.
-func reads(name, does string, ask func(ctx context.Context) any) Endpoint {
+func (s *Server) reads(name, does string, ask func(ctx context.Context) any) Endpoint {
 	return Endpoint{Method: http.MethodGet, Path: apiPath + name, Does: does, handle: func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), loopTime)
+		ctx, cancel := context.WithTimeout(r.Context(), surveyTime(s.gateway.Open()))
 		defer cancel()
 		answerJSON(w, http.StatusOK, ask(ctx))
 	}}
@@ -123,24 +133,27 @@ func does(name, what string, handle func(http.ResponseWriter, *http.Request)) En
 func (s *Server) endpoints() []Endpoint {
 	g := s.gateway
 	all := []Endpoint{
-		reads("status", "how the gateway is doing, counts since its start", func(context.Context) any { return StatusAnswer{s.version, s.status()} }),
-		lists("map", someEntries, maxEntries, "the rules that are served", func(_ context.Context, limit int) any {
+		s.reads("status", "how the gateway is doing, counts since its start", func(context.Context) any { return StatusAnswer{s.version, s.status()} }),
+		s.lists("map", someEntries, maxEntries, "the rules that are served", func(_ context.Context, limit int) any {
 			status := g.Status()
 			return MapAnswer{status.Generation, status.Rules, g.Rules(limit), status.Listening}
 		}),
 		s.connsEndpoint(),
-		lists("backends", someEntries, maxEntries, "the addresses that backends lead to, those that are not up first",
+		s.lists("backends", someEntries, maxEntries, "the addresses that backends lead to, those that are not up first",
 			func(_ context.Context, limit int) any { return s.backends(limit) }),
-		lists("certs", someEntries, maxEntries, "the certificates that are served, the first to expire first", func(_ context.Context, limit int) any {
+		s.lists("certs", someEntries, maxEntries, "the certificates that are served, the first to expire first", func(_ context.Context, limit int) any {
 			return CertsAnswer{g.Status().Certificates, list(g.Certificates(limit))}
 		}),
-		reads("generations", "the configurations that connections run under, the current one first",
-			func(ctx context.Context) any { return GenerationsAnswer{g.Generations(ctx)} }),
-		does("reload", "reads map, certificates and other files again, as SIGHUP does", s.reload),
-		does("drain", "ends the gateway as SIGTERM does", s.drain),
+		s.reads("generations", "the configurations that connections run under, the current one first",
+			func(ctx context.Context) any {
+				all, missing := g.Generations(ctx)
+				return GenerationsAnswer{all, missing}
+			}),
+		does("reload", "reads map, certificates and other files again, as SIGHUP does", s.order("reload", s.reload)),
+		does("drain", "ends the gateway as SIGTERM does", s.order("drain", s.drain)),
 	}
 	for _, o := range gateway.BackendOrders {
-		e := does("backends/"+string(o), orderTexts[o], func(w http.ResponseWriter, r *http.Request) { s.orderBackend(w, r, o) })
+		e := does("backends/"+string(o), orderTexts[o], s.order("backends/"+string(o), func(w http.ResponseWriter, r *http.Request) { s.orderBackend(w, r, o) }))
 		e.Query = "backend=ADDRESS"
 		all = append(all, e)
 	}
@@ -153,7 +166,11 @@ func (s *Server) api(mux *http.ServeMux) {
 	methods, paths := map[string]string{}, []string{}
 	for _, e := range all {
 		methods[e.Path], paths = e.Method, append(paths, e.Method+" "+e.Path)
-		mux.HandleFunc(e.Method+" "+e.Path, e.strictly)
+		handler := http.Handler(http.HandlerFunc(e.strictly))
+		if e.Method == http.MethodGet {
+			handler = s.bounded(handler)
+		}
+		mux.Handle(e.Method+" "+e.Path, handler)
 	}
 	mux.HandleFunc("GET "+apiPath+"{$}", func(w http.ResponseWriter, _ *http.Request) {
 		answerJSON(w, http.StatusOK, IndexAnswer{s.version, all})
@@ -187,7 +204,7 @@ func (e *Endpoint) strictly(w http.ResponseWriter, r *http.Request) {
 
 // connsEndpoint asks for connections: of one client, or the following ones.
 func (s *Server) connsEndpoint() Endpoint {
-	e := reads("conns", "open connections, the newest first, and the last that ended; next in the answer is after for the following ones", nil)
+	e := s.reads("conns", "open connections, the newest first, and the last that ended; next in the answer is after for the following ones", nil)
 	e.Query = fmt.Sprintf("limit=0-%d&after=NEXT&client=ADDRESS|PREFIX&listen=LISTEN&name=NAME&rule=FILE:LINE&backend=ADDRESS&stage=STAGE", maxConns)
 	e.handle = func(w http.ResponseWriter, r *http.Request) {
 		q, instead, err := connQuery(r)
@@ -195,16 +212,29 @@ func (s *Server) connsEndpoint() Endpoint {
 			fail(w, http.StatusBadRequest, err.Error(), instead)
 			return
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), loopTime)
-		defer cancel()
-		open, next, err := s.gateway.Conns(ctx, q)
-		if err != nil {
-			fail(w, http.StatusBadRequest, err.Error(), "write after= as it stood in next, or leave it out to begin with the newest")
-			return
-		}
-		answerJSON(w, http.StatusOK, ConnsAnswer{s.gateway.Status().Connections.Open, list(open), next, list(s.gateway.Ended(ctx, q, someEnded))})
+		s.answerConns(w, r, q)
 	}
 	return e
+}
+
+// answerConns asks the loops for both lists at once: they have the time once.
+func (s *Server) answerConns(w http.ResponseWriter, r *http.Request, q gateway.ConnQuery) {
+	total := s.gateway.Open()
+	ctx, cancel := context.WithTimeout(r.Context(), surveyTime(total))
+	defer cancel()
+	a := ConnsAnswer{Total: total}
+	var without []int
+	var both sync.WaitGroup
+	both.Go(func() { a.Ended, without = s.gateway.Ended(ctx, q, someEnded) })
+	open, next, missing, err := s.gateway.Conns(ctx, q)
+	both.Wait()
+	if err != nil {
+		fail(w, http.StatusBadRequest, err.Error(), "write after= as it stood in next, or leave it out to begin with the newest")
+		return
+	}
+	a.Connections, a.Next, a.Ended = list(open), next, list(a.Ended)
+	a.Missing = slices.Compact(slices.Sorted(slices.Values(append(missing, without...))))
+	answerJSON(w, http.StatusOK, a)
 }
 
 // connQuery reads what a request is about; instead says what to write if that can't be read.
@@ -299,8 +329,9 @@ func answerJSON(w http.ResponseWriter, status int, v any) {
 		fail(w, http.StatusInternalServerError, err.Error(), "please report it")
 		return
 	}
+	text := gateway.PrintableJSON(b.Bytes())
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(b.Len()))
+	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(status)
-	_, _ = w.Write(b.Bytes())
+	_, _ = w.Write(text)
 }

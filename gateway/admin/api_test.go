@@ -85,7 +85,7 @@ func TestClientAsksForEverythingThereIs(t *testing.T) {
 		forward.ServeHTTP(w, r)
 	}))
 	defer between.Close()
-	c, err := admin.NewClient(between.Listener.Addr().String(), "")
+	c, err := admin.NewClient(between.Listener.Addr().String(), b.token(t))
 	if err != nil {
 		t.Fatal(err)
 	}

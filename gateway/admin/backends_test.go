@@ -29,7 +29,12 @@ func TestBackendsAreShownAndTakenOut(t *testing.T) {
 		t.Errorf("%+v", backend)
 	}
 	order := func(what, address string, change func(*http.Request)) (int, string) {
-		response, body := b.ask(t, "POST", "/api/v1/backends/"+what+"?backend="+url.QueryEscape(address), change)
+		response, body := b.ask(t, "POST", "/api/v1/backends/"+what+"?backend="+url.QueryEscape(address), func(r *http.Request) {
+			b.trusted(t)(r)
+			if change != nil {
+				change(r)
+			}
+		})
 		return response.StatusCode, body
 	}
 	if code, body := order("drain", backend.Address, nil); code != http.StatusOK || body != `{"backends":["`+backend.Address+`"]}`+"\n" {

@@ -18,8 +18,6 @@ import (
 )
 
 const (
-	// Scrapes at once: two Prometheus servers and somebody who is curious.
-	maxScrapes = 4
 	// Certificates that have a gauge of their own, the first to expire: those are the ones to worry about, and a
 	// directory of 100,000 must not become 100,000 time series.
 	certGauges = 1000
@@ -29,7 +27,7 @@ const (
 func (s *Server) metrics() http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(s, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: s.errorLog(), MaxRequestsInFlight: maxScrapes})
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: s.errorLog()})
 }
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -85,7 +83,7 @@ var plainMetrics = []struct {
 		func(s *gateway.Status) float64 { return float64(s.Handshakes.Silent) }},
 	{desc("accept_pauses_total", "Times that accepting rested, being out of descriptors or memory."), prometheus.CounterValue,
 		func(s *gateway.Status) float64 { return float64(s.AcceptPauses) }},
-	{desc("log_lines_dropped_total", "Log lines dropped because whatever they are written to did not take them."), prometheus.CounterValue,
+	{desc("log_lines_dropped_total", "Log lines lost because whatever they are written to did not take them: too slow, full or gone."), prometheus.CounterValue,
 		func(s *gateway.Status) float64 { return float64(s.LinesDropped) }},
 	{desc("bandwidth_pauses_total", "Times that a stream waited for its bandwidth="), prometheus.CounterValue,
 		func(s *gateway.Status) float64 { return float64(s.Gate.Paused) }},
@@ -127,7 +125,7 @@ func number(b bool) float64 {
 
 // Describe and Collect make the Server a prometheus.Collector.
 func (s *Server) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range slices.Concat(labelledDescs, backendDescs, durationDescs) {
+	for _, d := range slices.Concat(labelledDescs, backendDescs, durationDescs, adminDescs) {
 		to <- d
 	}
 	for i := range plainMetrics {
@@ -184,6 +182,7 @@ func (s *Server) Collect(to chan<- prometheus.Metric) {
 	s.collectCerts(send)
 	s.collectBackends(send)
 	s.collectDurations(to, &status)
+	s.collectAdmin(send)
 	send(buildDesc, prometheus.GaugeValue, 1, s.version, runtime.Version())
 }
 
