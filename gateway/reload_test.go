@@ -448,6 +448,7 @@ func TestLargeReloadBesideTraffic(t *testing.T) {
 // TestMillionPrefixesBesideTraffic: a list of that size is read in at most three seconds of CPU time, not read at all when it
 // did not change, and an echo on an open connection does not wait for it.
 func TestMillionPrefixesBesideTraffic(t *testing.T) {
+	testkit.Needs(t, testkit.Timing)
 	if raceEnabled {
 		t.Skip("times are measured without the race detector")
 	}
