@@ -192,7 +192,7 @@ func (l *loop) giveTurn(c *conn) {
 }
 
 const (
-	// A handshake with a usual hello costs 16 KiB at most while it waits for its client, stack included
+	// A handshake with a usual hello costs some 20 KiB while it waits for its client, stack included
 	// (TestSilentHandshakesCostLittle). crypto/tls has a hello three times then, so larger ones have a place for each
 	// helloPlace bytes.
 	helloPlace = 4 << 10

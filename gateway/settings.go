@@ -40,7 +40,7 @@ type Settings struct {
 
 	Loops      int            `env:"LOOPS" doc:"Event loops. Default: as many as the process may use CPUs."`
 	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files allows."`
-	Handshakes int            `env:"HANDSHAKES" envDefault:"4096" doc:"TLS handshakes in progress, nearly all of which wait for the client's answer, at up to 16 KiB each. If all are taken, the address with the most of them loses the one that is silent for longest. As many ClientHellos may wait for their turn, and as many handshakes with tls:// backends may be in progress. Each loop has an equal part of it."`
+	Handshakes int            `env:"HANDSHAKES" envDefault:"4096" doc:"TLS handshakes in progress, nearly all of which wait for the client's answer, at some 20 KiB each. If all are taken, the address with the most of them loses the one that is silent for longest. As many ClientHellos may wait for their turn, and as many handshakes with tls:// backends may be in progress. Each loop has an equal part of it."`
 	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
 	Resolver   string         `env:"RESOLVER" doc:"Address and port of the DNS server that is asked for the names of backends. Default: those in /etc/resolv.conf."`
 	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken, with clients and with tls:// backends: 1.2 or 1.3."`

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -248,4 +249,55 @@ func TestServerThatDoesNotShakeHandsIsEjected(t *testing.T) {
 	b.log.take(t, func(l logLine) bool {
 		return l.Backend == hung && strings.Contains(l.text, "no answer to the TLS handshake in time")
 	})
+}
+
+// TestSilentHandshakesCostLittle: what a handshake keeps while it waits for its client, stack and the client's end in this process
+// included. Most of it is crypto/tls's.
+func TestSilentHandshakesCostLittle(t *testing.T) {
+	if underRace {
+		t.Skip("the race detector needs memory of its own")
+	}
+	const n = 1000
+	for name, client := range map[string]struct {
+		limit  int64
+		change func(*tls.Config)
+	}{
+		"TLS 1.3":               {20 << 10, func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.X25519} }},
+		"TLS 1.3, post-quantum": {24 << 10, nil},
+		"TLS 1.2":               {26 << 10, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := start(t, ":{0} edge.test -> "+echoServer(t), "LOOPS=2")
+			hello := clientHello(t, client.change)
+			fill := func(n int) {
+				crowd(t, n, func() (net.Conn, error) {
+					c, err := net.DialTimeout("tcp", b.addr(0), patience)
+					if err == nil {
+						_, err = c.Write(hello)
+					}
+					if err == nil {
+						_, err = io.ReadFull(c, make([]byte, 100))
+					}
+					return c, err
+				})
+			}
+			fill(50) // what every process needs once
+			before := inUse()
+			fill(n)
+			cost := (inUse() - before) / n
+			t.Logf("%d bytes each", cost)
+			if cost > client.limit {
+				t.Errorf("a silent handshake costs %d bytes, want at most %d", cost, client.limit)
+			}
+		})
+	}
+}
+
+// inUse is how much memory objects and stacks take, when the garbage is gone.
+func inUse() int64 {
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC() // halves stacks once more
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc + m.StackInuse)
 }
