@@ -94,7 +94,7 @@ func (g *Gateway) short(in lackPlace, err error, what string) {
 	if last := said.Load(); last != 0 && now-last < int64(sayAgain) || !said.CompareAndSwap(last, now) {
 		return
 	}
-	g.log.Error("tlsnat lacks "+lackWords[l]+": that counts against nobody else", zap.String("failed", lackPlaceWords[in]), zap.String("for", what),
+	g.log.Warn("tlsnat lacks "+lackWords[l]+": that counts against nobody else", zap.String("failed", lackPlaceWords[in]), zap.String("for", what),
 		zap.Uint64("times", g.shortages.counts[in][l].Load()), zap.String("error", inWords(err)))
 }
 
