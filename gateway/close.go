@@ -38,10 +38,18 @@ func (c *conn) startLinger() stage {
 }
 
 func (c *conn) linger() stage {
-	if !c.skim(&c.client) || c.skimmed > lastWordsBytes {
+	if !c.skim(c.culprit()) || c.skimmed > lastWordsBytes {
 		return c.finish(OK, "") // what was told before is what counts
 	}
 	return lingering
+}
+
+// culprit is whom last words are for.
+func (c *conn) culprit() *socket {
+	if c.lastWords && c.report.byBackend {
+		return &c.backend
+	}
+	return &c.client
 }
 
 // skim reads and forgets what a socket brings. It says whether the peer may still send more.
@@ -104,10 +112,7 @@ func (c *conn) startReset(o Outcome, why string) stage {
 // resetWhenDelivered waits for as long as something moves, and for the linger timeout when nothing does.
 func (c *conn) resetWhenDelivered() stage {
 	up, down := c.deliver(&c.up, &c.backend), c.deliver(&c.down, &c.client)
-	culprit := &c.client // whom the last words are for
-	if c.report.byBackend {
-		culprit = &c.backend
-	}
+	culprit := c.culprit()
 	switch {
 	case !c.lastWords && up == 0, c.lastWords && culprit == &c.client && up == 0:
 		abort(&c.backend)
@@ -129,13 +134,18 @@ func (c *conn) resetWhenDelivered() stage {
 		abort(&c.backend)
 		return c.finish(OK, "")
 	}
-	c.skim(culprit) // unread bytes would make the close a reset
 	for _, s := range [...]*socket{&c.client, &c.backend} {
-		if s != culprit {
+		if s != culprit && s.fd >= 0 {
 			abort(s)
+			c.loop.closeSocket(s)
 		}
 	}
-	return c.finish(OK, "")
+	if culprit.fd < 0 || culprit.failed != 0 || up+down > 0 {
+		return c.finish(OK, "")
+	}
+	c.end = 0
+	c.setDeadline(int64(lastWordsTime))
+	return lingering
 }
 
 // deliver writes what the flow still has, and says how many bytes its destination has not acknowledged. Behind last

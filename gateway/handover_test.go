@@ -454,3 +454,89 @@ func TestLongCertificateIsNoServerHello(t *testing.T) {
 		})
 	}
 }
+
+// TestAlertReachesWhoKeepsSending: what a client, or a backend, sends after a breach is read for a while, since unread bytes
+// would make the close a reset, which overtakes the alert.
+func TestAlertReachesWhoKeepsSending(t *testing.T) {
+	beside(t)
+	x := newCrossing(t)
+	w := newWitness(t)
+	b := start(t, ":{0} edge.test -> "+w.addr)
+	keepSending := func(t *testing.T, p *penman) {
+		p.write(t, []byte{20, 3, 3, 0, 1, 1})
+		for range 20 {
+			time.Sleep(2 * time.Millisecond)
+			p.write(t, make([]byte, 4000))
+		}
+		if _, alert, err := p.readAll(); alert != "unexpected_message" {
+			t.Errorf("saw the alert %q and %v", alert, err)
+		}
+		_ = p.Close()
+	}
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		t.Run("client/"+tls.VersionName(version), func(t *testing.T) {
+			p := dialPenman(t, b, 0, func(c *tls.Config) { c.MaxVersion = version })
+			keepSending(t, p)
+			b.lineOf(t, p).expect(t, logLine{Outcome: "tls_error"})
+		})
+	}
+	for _, way := range ways {
+		if way.backend != 0 {
+			t.Run("backend/"+way.name, func(t *testing.T) {
+				client := x.enter(t, way)
+				keepSending(t, serverPenman(t, <-x.backends[way.backend], way.backend))
+				_ = client.tcp.Close()
+				x.lineOf(t, client.tcp).expect(t, logLine{Outcome: "tls_error"})
+			})
+		}
+	}
+}
+
+// TestTicketsOfABackendInPieces: messages are counted, not records; and a ticket that is none ends the connection.
+func TestTicketsOfABackendInPieces(t *testing.T) {
+	beside(t)
+	x := newCrossing(t)
+	good := append([]byte{4, 0, 0, 33, 0, 0, 14, 16, 1, 2, 3, 4, 1, 9, 0, 19}, make([]byte, 20)...)[:4+33]
+	broken := slices.Clone(good)
+	broken[15]++ // the ticket is said to be a byte longer than it is
+	for _, w := range ways {
+		if w.backend != tls.VersionTLS13 {
+			continue
+		}
+		for name, c := range map[string]struct {
+			message []byte
+			size    int
+			alert   string
+		}{
+			"whole": {good, 100, ""}, "of a byte": {good, 1, ""}, "of 7 bytes": {good, 7, ""},
+			"broken": {broken, 100, "decode_error"}, "broken, of a byte": {broken, 1, "decode_error"},
+		} {
+			t.Run(w.name+"/"+name, func(t *testing.T) {
+				client := x.enter(t, w)
+				p := serverPenman(t, <-x.backends[w.backend], w.backend)
+				var out []byte
+				for range 3 {
+					for piece := range slices.Chunk(c.message, c.size) {
+						out = append(out, p.record(22, piece)...)
+					}
+				}
+				p.write(t, append(out, p.data([]byte("behind the tickets"))...))
+				if c.alert != "" {
+					if _, alert, _ := p.readAll(); alert != c.alert {
+						t.Errorf("alert %q, want %q", alert, c.alert)
+					}
+					_, _ = p.Close(), client.tcp.Close()
+					x.lineOf(t, client.tcp).expect(t, logLine{Outcome: "tls_error", BackendAlert: c.alert})
+					return
+				}
+				p.write(t, p.record(21, []byte{1, 0}))
+				_ = p.CloseWrite()
+				client.expect(t, []byte("behind the tickets"), fin)
+				client.finish()
+				_, _, _ = p.readAll()
+				_, _ = p.Close(), client.tcp.Close()
+				x.lineOf(t, client.tcp).expect(t, logLine{Outcome: "ok"})
+			})
+		}
+	}
+}

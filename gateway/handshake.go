@@ -696,7 +696,10 @@ type wire struct {
 	silent  atomic.Bool // the handshake waits for its peer
 }
 
-var errGaveUp = errors.New("given up")
+var (
+	errGaveUp  = errors.New("given up")
+	errRefused = errors.New("the peer has ended the handshake with an alert") // which is not answered by another
+)
 
 // shortRecord is longer than a Finished of TLS 1.2 is in its record, which is all that is kept of what a peer sends.
 const shortRecord = 64
@@ -831,6 +834,9 @@ func (w *wire) fill() error {
 
 // Write sends all of p and notes what the engine needs to know of it.
 func (w *wire) Write(p []byte) (int, error) {
+	if w.in.alert > 0 {
+		return 0, errRefused
+	}
 	w.out.follow(p)
 	written := len(p)
 	if w.preface != nil { // in the same segment

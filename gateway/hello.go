@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -18,11 +19,12 @@ const helloLimit = 96 << 10
 
 // Alerts that are sent before there is a TLS connection (RFC 8446, section 6).
 const (
-	alertNone             = 0 // as package sni has it
-	alertDecodeError      = 50
-	alertAccessDenied     = 49
-	alertInternalError    = 80
-	alertUnrecognizedName = 112
+	alertNone              = 0 // as package sni has it
+	alertUnexpectedMessage = 10
+	alertDecodeError       = 50
+	alertAccessDenied      = 49
+	alertInternalError     = 80
+	alertUnrecognizedName  = 112
 )
 
 // readHello gathers the ClientHello. Ports whose bytes are not to be looked at go on at once.
@@ -83,7 +85,23 @@ func (c *conn) notTLS(b []byte, err error) stage {
 		c.tell(BadHello, "plain HTTP on a TLS port")
 		return c.answerAndLinger([]byte(plainHTTPAnswer))
 	}
+	if e, ok := errors.AsType[*sni.Error](err); ok && e.Offset == 0 {
+		e.Alert = firstRecordAlert(b, e.Alert)
+	}
 	return c.malformed(err)
+}
+
+// firstRecordAlert is what answers a first record that is no handshake record. A record of another type is TLS, and out of
+// place: change_cipher_spec, application data, or a type that nobody knows. A fatal alert is not answered by an alert.
+func firstRecordAlert(b []byte, said uint8) uint8 {
+	const highest = 4 // records of version 3.0 to 3.4
+	switch {
+	case len(b) >= 7 && b[0] == recordAlert && b[5] == alertLevelFatal:
+		return alertNone
+	case said == alertNone && len(b) >= 3 && b[1] == 3 && b[2] <= highest:
+		return alertUnexpectedMessage
+	}
+	return said
 }
 
 const plainHTTPBody = "This port speaks TLS, and the request was plain HTTP. Write https:// in its address.\n"

@@ -58,7 +58,8 @@ func askCryptoTLS(b []byte) (v verdict) {
 // names as stricter than crypto/tls.
 func stricter(b []byte, e *Error) bool {
 	return e.Field == "record version" && b[e.Offset] < 0x10 ||
-		e.Field == "record type" && b[e.Offset] == recordTypeAlert
+		e.Field == "record type" && b[e.Offset] == recordTypeAlert ||
+		e.Field == "legacy_session_id"
 }
 
 // otherAlert reports whether e is one of the refusals for which we know a better alert.
@@ -70,6 +71,8 @@ func otherAlert(e *Error) bool {
 		return true
 	case "handshake length": // internal_error
 		return true
+	case "pre_shared_key": // decode_error where it is not the last extension
+		return e.Alert == alertIllegalParameter
 	}
 	return false
 }

@@ -63,7 +63,7 @@ type Hello struct {
 	// Random is the client's nonce: the key log's name for the connection.
 	Random [32]byte
 
-	// SessionIDLen is the length of legacy_session_id: 0 to 255 bytes.
+	// SessionIDLen is the length of legacy_session_id: 0 to 32 bytes.
 	SessionIDLen int
 
 	// Code points in wire order, GREASE (RFC 8701) included; see [IsGREASE]. Of
@@ -166,6 +166,9 @@ const (
 	leftOver  = "has bytes left over"
 )
 
+// maxSessionID is the longest legacy_session_id (RFC 8446, section 4.1.2; RFC 5246, section 7.4.1.2).
+const maxSessionID = 32
+
 // decode fills h from a whole handshake message, its header of 4 bytes
 // included. On an error h has what was read until then, and the error's Offset
 // is the capacity that was left: see wire.
@@ -180,11 +183,14 @@ func (h *Hello) decode(m wire) *Error {
 		return malformed("random", body, cutShort)
 	}
 	copy(h.Random[:], random)
+	at := body
 	id, ok := body.vec8()
 	if !ok {
 		return malformed("legacy_session_id", body, cutShort)
 	}
-	h.SessionIDLen = len(id)
+	if h.SessionIDLen = len(id); len(id) > maxSessionID {
+		return malformed("legacy_session_id", at, fmt.Sprintf("has %d bytes, more than %d", len(id), maxSessionID))
+	}
 	suites, ok := body.vec16()
 	if reason := codes(suites, ok); reason != "" {
 		return malformed("cipher_suites", body, reason)
@@ -225,7 +231,9 @@ func (h *Hello) decodeExtensions(rest wire) *Error {
 			return malformed(extensionName(id), start, "comes a second time")
 		}
 		if id == extPreSharedKey && len(rest) > 0 {
-			return malformed(extensionName(id), start, "is not the last extension") // RFC 8446, section 4.2.11
+			e := malformed(extensionName(id), start, "is not the last extension")
+			e.Alert = alertIllegalParameter // RFC 8446, section 4.2.11; crypto/tls has decode_error
+			return e
 		}
 		h.Extensions = appendListed(h.Extensions, id)
 		if id == extECH {

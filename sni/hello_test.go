@@ -254,6 +254,29 @@ func TestMalformedHelloNamesTheField(t *testing.T) {
 	}
 }
 
+func withSessionID(n int) []byte {
+	return record(handshake("\x03\x03" + strings.Repeat("R", 32) + vec8(strings.Repeat("i", n)) + vec16("\x00\x2f") + vec8("\x00")))
+}
+
+// TestAlertsOfTheRFC are those where crypto/tls has another one, or none.
+func TestAlertsOfTheRFC(t *testing.T) {
+	psk := extension{extPreSharedKey, vec16(vec16("ticket")+"\x00\x00\x00\x00") + vec16(vec8("binder"))}
+	for name, c := range map[string]struct {
+		b     []byte
+		alert uint8
+	}{
+		"pre_shared_key before another": {record(message(psk, host("a"))), alertIllegalParameter},
+		"session id of 33 bytes":        {withSessionID(33), alertDecodeError},
+		"session id of 255 bytes":       {withSessionID(255), alertDecodeError},
+	} {
+		var p Parser
+		var h Hello
+		if e, ok := errors.AsType[*Error](p.Parse(c.b, &h)); !ok || e.Alert != c.alert {
+			t.Errorf("%s: %v, want alert %d", name, e, c.alert)
+		}
+	}
+}
+
 // TestTruncatedMessageNamesTheField cuts the message short and mends its lengths:
 // the field that is then incomplete is named, at the byte where it starts.
 func TestTruncatedMessageNamesTheField(t *testing.T) {
@@ -309,7 +332,7 @@ func TestOddButLegalHellosAreTaken(t *testing.T) {
 		"no extensions block":       record(handshake("\x03\x01" + strings.Repeat("R", 32) + vec8("") + vec16("\x00\x2f") + vec8("\x00"))),
 		"nothing offered":           record(handshake("\x03\x00" + strings.Repeat("R", 32) + vec8("") + vec16("") + vec8(""))),
 		"empty extensions":          record(message()),
-		"session id of 255 bytes":   record(handshake("\x03\x03" + strings.Repeat("R", 32) + vec8(strings.Repeat("i", 255)) + vec16("\x00\x2f") + vec8("\x00"))),
+		"session id of 32 bytes":    withSessionID(32),
 		"names of other types":      record(message(extension{extServerName, vec16("\x01" + vec16("x") + "\x00" + vec16("a.example") + "\x07" + vec16("y"))})),
 		"only names of other types": record(message(extension{extServerName, vec16("\x01" + vec16("x"))})),
 		"name that is no name":      record(message(host("\x00 \xff/"))),

@@ -66,7 +66,8 @@ const MaxLen = (recordHeaderLen + 1) * (messageHeaderLen + maxHello)
 // It agrees with crypto/tls on what a ClientHello is, but for the dot at the end
 // of a name, which it takes, as OpenSSL does. It is stricter with the records
 // around the hello, as OpenSSL is: a record's major version must be 3, and no
-// warning alert may come before or amid the hello.
+// warning alert may come before or amid the hello. And as RFC 8446 wants it, a
+// session id has 32 bytes at most.
 //
 // The hello may be split over any number of records and any number of calls.
 // One that lies in a single record, as nearly all do, is parsed where it is;

@@ -17,9 +17,10 @@ const (
 	// ticketEpoch is how long one key seals tickets.
 	ticketEpoch = 12 * time.Hour
 
-	// ticketEpochs is how many keys open tickets: RFC 8446, 4.6.1 lets a ticket live for 7 days, and so does
-	// crypto/tls. The oldest key began to seal at most 7 days ago.
-	ticketEpochs = 14
+	// ticketEpochs is how many keys open tickets. crypto/tls tells clients to keep a ticket for 7 days, the most
+	// that RFC 8446, 4.6.1 allows, and opens none that is older. So a key has to open for 7 days after the end of
+	// its 12 hours: 14 epochs and the one in which it seals.
+	ticketEpochs = 1 + 14
 
 	// minTicketSecret is the length of the keys that are made of it.
 	minTicketSecret = 32

@@ -50,10 +50,11 @@ func (a Alert) String() string {
 	return fmt.Sprintf("alert(%d)", uint8(a))
 }
 
-// level is what the alert is sent with. These three are warnings (RFC 5246 7.2.2, RFC 8446 6.1).
+// level is what the alert is sent with. These two are warnings (RFC 8446 6.1). no_renegotiation would be one (RFC 5246
+// 7.2.2) if the connection went on; here it ends.
 func (a Alert) level() byte {
 	switch a {
-	case AlertCloseNotify, AlertUserCanceled, AlertNoRenegotiation:
+	case AlertCloseNotify, AlertUserCanceled:
 		return levelWarning
 	}
 	return levelFatal

@@ -73,7 +73,7 @@ func TestJudgeHasTheBudgetsOfNext(t *testing.T) {
 		every int // bytes of data between them
 	}{
 		{"empty records", typeData, nil, maxUseless, 0},
-		{"key updates in a row", typeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 0}, maxUseless, 0},
+		{"key updates in a row", typeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 0}, updateCredit / updatePrice, 0},
 		{"key updates between bytes", typeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 1}, updateCredit / updatePrice, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -36,9 +36,10 @@ const (
 	// (RFC 8446 4.6.1).
 	minTicket = 4 + 4 + 1 + 2 + 1 + 2
 
-	// maxUseless records in a row may carry no application data, as in crypto/tls. Servers send a few
-	// tickets, some senders an empty record before each write; nobody needs more.
-	maxUseless = 16
+	// maxUseless empty records, warnings and tickets may come in a row. Each costs less than a record of one byte, which
+	// nobody bounds, so that this only ends what never says anything. It is more than peers let each other send: 32 empty
+	// records, 128 KeyUpdates. Pieces of one message do not count: its length bounds them. KeyUpdates are paid for.
+	maxUseless = 255
 
 	// A KeyUpdate costs the peer 27 bytes, and us two key derivations and an answer: some 5 µs and a
 	// write(2). The first thousand are free, which is less work than a dozen handshakes and lets a
@@ -101,8 +102,9 @@ type Reader struct {
 	left    uint32 // of the handshake message under way: bytes to come; while have < 4, its length so far
 	have    uint8  // bytes of its 4-byte header seen; 0: no message is under way
 	msg     uint8  // its type
-	useless uint8  // records in a row without application data
+	useless uint8  // empty records, warnings and tickets since the last data
 	role    Role
+	ticket  ticketWalk // of the NewSessionTicket under way
 }
 
 // Init makes r ready for the record with sequence number seq under k. r keeps its own copy of k.
@@ -307,6 +309,8 @@ func (r *Reader) alert(p []byte) (Record, *Error) {
 	case a == AlertCloseNotify:
 		r.wipe()
 		return Record{Kind: CloseNotify, Alert: a}, nil
+	case !r.tls13 && level == levelWarning && a == AlertNoRenegotiation: // as OpenSSL: nobody here has asked for a renegotiation
+		return Record{}, r.fail(AlertHandshakeFailure, "the peer refuses a renegotiation that nobody has asked for")
 	case r.tls13 && a == AlertUserCanceled, !r.tls13 && level == levelWarning:
 		return Record{Kind: Ignored, Alert: a}, r.countUseless()
 	case !r.tls13 && level != levelFatal:
@@ -335,9 +339,6 @@ func (r *Reader) handshake(p []byte) (Record, *Error) {
 	if len(p) == 0 { // RFC 8446 5.1
 		return Record{}, r.fail(AlertUnexpectedMessage, "empty handshake record")
 	}
-	if err := r.countUseless(); err != nil {
-		return Record{}, err
-	}
 	for len(p) > 0 {
 		if r.have < msgHeaderLen {
 			var err *Error
@@ -349,6 +350,9 @@ func (r *Reader) handshake(p []byte) (Record, *Error) {
 		take := min(int(r.left), len(p))
 		body := p[:take]
 		p = p[take:]
+		if r.msg == msgNewSessionTicket && !r.ticket.take(body, int(r.left)-take) {
+			return Record{}, r.fail(AlertDecodeError, "new_session_ticket: its fields do not fill it")
+		}
 		if r.left -= uint32(take); r.left > 0 {
 			break
 		}
@@ -367,7 +371,12 @@ func (r *Reader) messageHeader(p []byte) (rest []byte, err *Error) {
 		if p[0] != msgKeyUpdate && (p[0] != msgNewSessionTicket || r.role != Client) {
 			return nil, r.fail(AlertUnexpectedMessage, fmt.Sprintf("handshake message of type %d after the handshake", p[0]))
 		}
-		r.msg, r.left, r.have, p = p[0], 0, 1, p[1:]
+		if p[0] == msgNewSessionTicket {
+			if err := r.countUseless(); err != nil {
+				return nil, err
+			}
+		}
+		r.msg, r.left, r.have, r.ticket, p = p[0], 0, 1, newTicketWalk, p[1:]
 	}
 	for ; r.have < msgHeaderLen && len(p) > 0; r.have, p = r.have+1, p[1:] {
 		r.left = r.left<<8 | uint32(p[0])
@@ -407,10 +416,89 @@ func (r *Reader) keyUpdate(request byte, trailing int) (Record, *Error) {
 
 // countUseless bounds what keeps us busy without telling us anything.
 func (r *Reader) countUseless() *Error {
-	if r.useless++; r.useless > maxUseless {
-		return r.fail(AlertUnexpectedMessage, fmt.Sprintf("more than %d records in a row without application data", maxUseless))
+	if r.useless == maxUseless {
+		return r.fail(AlertUnexpectedMessage, fmt.Sprintf("more than %d empty records, warnings and tickets without application data", maxUseless))
 	}
+	r.useless++
 	return nil
+}
+
+// ticketWalk follows the fields of a NewSessionTicket (RFC 8446, section 4.6.1), in whatever pieces they come. Nothing of
+// them is kept.
+type ticketWalk struct {
+	field ticketField
+	got   uint8  // bytes of a length that have come
+	left  uint16 // bytes of the field to come, or the length so far
+}
+
+// ticketField is where a ticketWalk is. Lengths come before what they are of.
+type ticketField uint8
+
+const (
+	ticketTimes ticketField = iota // lifetime and age_add
+	ticketNonceLen
+	ticketNonce
+	ticketLen
+	ticketItself
+	ticketExtensionsLen
+	ticketExtensionHeader // type and length; or the end of the message
+	ticketExtension
+)
+
+var newTicketWalk = ticketWalk{left: 4 + 4}
+
+// lengthLen is how many bytes a length has; 0 for what is no length. Of an extension's header the last two bytes are its.
+var lengthLen = [...]uint8{ticketNonceLen: 1, ticketLen: 2, ticketExtensionsLen: 2, ticketExtensionHeader: 4, ticketExtension: 0}
+
+// take follows p, behind which the message has left bytes. It says whether the fields can still fill the message.
+func (w *ticketWalk) take(p []byte, left int) bool {
+	for len(p) > 0 {
+		size := lengthLen[w.field]
+		if size == 0 {
+			n := min(len(p), int(w.left))
+			p = p[n:]
+			w.left -= uint16(n)
+		} else {
+			w.left = w.left<<8 | uint16(p[0])
+			w.got++
+			p = p[1:]
+			if w.got < size {
+				continue
+			}
+			if !w.fits(len(p) + left) {
+				return false
+			}
+			w.got = 0
+			w.field++
+		}
+		if w.left == 0 || w.field == ticketExtensionHeader {
+			w.next()
+		}
+	}
+	return left > 0 || w.field == ticketExtensionHeader && w.got == 0
+}
+
+// fits judges a length that is whole, behind which the message has so many bytes.
+func (w *ticketWalk) fits(rest int) bool {
+	switch {
+	case int(w.left) > rest, w.field == ticketLen && w.left == 0:
+		return false
+	case w.field == ticketExtensionsLen:
+		return int(w.left) == rest
+	}
+	return true
+}
+
+// next goes on behind a field that is whole.
+func (w *ticketWalk) next() {
+	switch w.field {
+	case ticketExtension:
+		w.field = ticketExtensionHeader
+	case ticketExtensionHeader: // of the first extension, or none
+	default:
+		w.field++
+	}
+	w.left = 0
 }
 
 // fail ends reading for good.

@@ -5,6 +5,7 @@ package record
 import (
 	"bytes"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"testing"
 	"unsafe"
@@ -44,7 +45,23 @@ const (
 
 // ticket is a NewSessionTicket message with n bytes of body.
 func ticket(n int) []byte {
-	return append([]byte{msgNewSessionTicket, byte(n >> 16), byte(n >> 8), byte(n)}, make([]byte, n)...)
+	b := append([]byte{msgNewSessionTicket, byte(n >> 16), byte(n >> 8), byte(n)}, make([]byte, n)...)
+	binary.BigEndian.PutUint16(b[4+9:], uint16(n-(minTicket-1))) // neither nonce nor extensions
+	return b
+}
+
+// broken is a ticket of 50 bytes with another byte at that place of its body.
+func broken(at int, x byte) []byte {
+	b := ticket(50)
+	b[4+at] = x
+	return b
+}
+
+// extended is a ticket with these bytes for its extensions.
+func extended(extensions ...byte) []byte {
+	b := ticket(50)
+	b[3], b[4+49] = byte(50+len(extensions)), byte(len(extensions))
+	return append(b, extensions...)
 }
 
 func concat(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
@@ -125,7 +142,7 @@ func TestEveryViolationHasItsAlert(t *testing.T) {
 		{"1.3 alert inside a handshake message", suite13, Client,
 			func(h *half) []byte { return concat(content(22, ticket(50)[:20]...)(h), content(21, 1, 0)(h)) }, AlertUnexpectedMessage},
 		{"1.3 KeyUpdates without data", suite13, Server,
-			func(h *half) []byte { return repeat(maxUseless+1, func() []byte { return rekey(h) }) }, AlertUnexpectedMessage},
+			func(h *half) []byte { return repeat(updateCredit/updatePrice+1, func() []byte { return rekey(h) }) }, AlertUnexpectedMessage},
 		{"1.3 KeyUpdates with too little data", suite13, Server,
 			func(h *half) []byte {
 				return repeat(1025, func() []byte { return concat(data(h), rekey(h)) })
@@ -138,11 +155,18 @@ func TestEveryViolationHasItsAlert(t *testing.T) {
 			func(h *half) []byte {
 				return repeat(maxUseless+1, func() []byte { return content(22, ticket(50)...)(h) })
 			}, AlertUnexpectedMessage},
-		{"1.3 handshake message byte by byte", suite13, Client,
+		{"1.3 ticket of a nonce that is too long", suite13, Client, content(22, broken(8, 200)...), AlertDecodeError},
+		{"1.3 ticket without a ticket", suite13, Client, content(22, broken(10, 0)...), AlertDecodeError},
+		{"1.3 ticket that is too long", suite13, Client, content(22, broken(10, 38)...), AlertDecodeError},
+		{"1.3 ticket that leaves bytes over", suite13, Client, content(22, broken(10, 36)...), AlertDecodeError},
+		{"1.3 ticket with extensions that are not there", suite13, Client, content(22, broken(49, 1)...), AlertDecodeError},
+		{"1.3 ticket with half an extension", suite13, Client, content(22, extended(0, 42, 0)...), AlertDecodeError},
+		{"1.3 ticket with an extension that is too long", suite13, Client, content(22, extended(0, 42, 0, 4, 1, 2, 3)...), AlertDecodeError},
+		{"1.3 broken ticket byte by byte", suite13, Client,
 			func(h *half) []byte {
-				msg := ticket(50)
-				return repeat(maxUseless+1, func() []byte { b := msg[0]; msg = msg[1:]; return content(22, b)(h) })
-			}, AlertUnexpectedMessage},
+				msg := broken(10, 36)
+				return repeat(len(msg), func() []byte { b := msg[0]; msg = msg[1:]; return content(22, b)(h) })
+			}, AlertDecodeError},
 
 		{"1.2 record of type change_cipher_spec", suite12, Server, raw(20, 3, 3, 0, 25), AlertUnexpectedMessage},
 		{"1.2 record of type 24", suite12, Server, raw(24, 3, 3, 0, 25), AlertUnexpectedMessage},
@@ -252,7 +276,7 @@ func TestPaddingIsStripped(t *testing.T) {
 }
 
 func TestWarningsAreIgnored(t *testing.T) {
-	for suite, alerts := range map[uint16][]byte{suite13: {90}, suite12: {90, 100, 112}} {
+	for suite, alerts := range map[uint16][]byte{suite13: {90}, suite12: {90, 112}} {
 		for _, a := range alerts {
 			r, h := pair(t, suite, Server)
 			_, events, _, err := openAll(r, forgeContent(h, typeAlert, []byte{levelWarning, a}, 0))
@@ -292,6 +316,37 @@ func TestHandshakeMessagesMayBeSplit(t *testing.T) {
 		if got, _, _, err := openAll(r, forgeContent(h, typeData, []byte("new keys"), 0)); string(got) != "new keys" {
 			t.Fatalf("cut at %d: %q, %v under the new keys", cut, got, err)
 		}
+	}
+}
+
+// TestMessagesMayComeInPieces of a byte: messages are counted, not records.
+func TestMessagesMayComeInPieces(t *testing.T) {
+	msg := concat(ticket(300), extended(0, 42, 0, 4, 1, 2, 3, 4, 0xff, 1, 0, 0), []byte{msgKeyUpdate, 0, 0, 1, 0})
+	r, h := pair(t, suite13, Client)
+	_, events, _, err := openAll(r, repeat(len(msg), func() []byte { b := msg[:1]; msg = msg[1:]; return forgeContent(h, typeHandshake, b, 0) }))
+	if err != nil || events[len(events)-1].Kind != KeyUpdate {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestPeersMayRepeatThemselves as often as any of them lets others: 32 empty records, 128 KeyUpdates.
+func TestPeersMayRepeatThemselves(t *testing.T) {
+	r, h := pair(t, suite13, Server)
+	if _, _, _, err := openAll(r, repeat(32, func() []byte { return forgeContent(h, typeData, nil, 0) })); err != nil {
+		t.Errorf("32 empty records: %v", err)
+	}
+	if _, _, _, err := openAll(r, repeat(128, func() []byte { return rekey(h) })); err != nil {
+		t.Errorf("128 KeyUpdates: %v", err)
+	}
+}
+
+// TestRefusedRenegotiationEnds: a warning that answers what nobody has asked.
+func TestRefusedRenegotiationEnds(t *testing.T) {
+	r, h := pair(t, suite12, Server)
+	_, _, _, err := openAll(r, forgeContent(h, typeAlert, []byte{levelWarning, byte(AlertNoRenegotiation)}, 0))
+	wantError(t, err, "handshake_failure")
+	if body := AlertNoRenegotiation.Body(); body[0] != levelFatal {
+		t.Errorf("no_renegotiation is sent at level %d, and the connection ends", body[0])
 	}
 }
 

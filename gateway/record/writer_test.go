@@ -99,7 +99,7 @@ func TestNothingIsSealedAfterTheLastAlert(t *testing.T) {
 
 func TestAlertLevelsAreThoseOfTheRFC(t *testing.T) {
 	for _, suite := range []uint16{suite13, suite12} {
-		for a, level := range map[Alert]byte{0: 1, 90: 1, 100: 1, 10: 2, 20: 2, 22: 2, 80: 2} {
+		for a, level := range map[Alert]byte{0: 1, 90: 1, 100: 2, 10: 2, 20: 2, 22: 2, 80: 2} {
 			var w Writer
 			w.Init(testKeys(t, suite), 0)
 			rec := w.AppendAlert(nil, a)
