@@ -83,7 +83,7 @@ func (c *conn) notTLS(b []byte, err error) stage {
 	}
 	if sni.LooksLikeHTTP(b) {
 		c.tell(BadHello, "plain HTTP on a TLS port")
-		return c.answerAndLinger([]byte(plainHTTPAnswer))
+		return c.answerAndLinger(plainHTTPAnswer(asksHead(b)))
 	}
 	if e, ok := errors.AsType[*sni.Error](err); ok && e.Offset == 0 {
 		e.Alert = firstRecordAlert(b, e.Alert)
@@ -106,8 +106,14 @@ func firstRecordAlert(b []byte, said uint8) uint8 {
 
 const plainHTTPBody = "This port speaks TLS, and the request was plain HTTP. Write https:// in its address.\n"
 
-var plainHTTPAnswer = fmt.Sprintf("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\n"+
-	"Content-Length: %d\r\nConnection: close\r\n\r\n%s", len(plainHTTPBody), plainHTTPBody)
+// plainHTTPAnswer is the answer to plain HTTP; without its body where the method is HEAD (RFC 9110, section 9.3.2).
+func plainHTTPAnswer(headOnly bool) []byte {
+	head := fmt.Sprintf("HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n", len(plainHTTPBody))
+	if headOnly {
+		return []byte(head)
+	}
+	return []byte(head + plainHTTPBody)
+}
 
 // match finds the rule for what the hello, which the loop still has, asks for.
 func (c *conn) match() stage {
