@@ -125,6 +125,7 @@ const (
 	greeting
 	translating
 	relaying
+	cancelling
 	readingRequest
 	lingering
 	resetting
@@ -133,7 +134,7 @@ const (
 
 var stageNames = [...]string{"proxy_header", "starttls", "hello", "match", "handshake_queue", "handshake", "connect", "backend_queue",
 	"backend_starttls", "backend_tls_queue", "backend_tls", "proxy_out",
-	"login", "relay", "http_request", "linger", "reset", "over"}
+	"login", "relay", "cancel_request", "http_request", "linger", "reset", "over"}
 
 func (s stage) String() string { return stageNames[s] }
 

@@ -447,7 +447,7 @@ func (c *conn) connected() stage {
 		d.server.total.Add(1)
 	}
 	c.report.connectTime = c.loop.now - d.started
-	if b := d.backend; b.speaks != starttls.Off && !b.inside && !c.cancels {
+	if b := d.backend; b.speaks != starttls.Off && !b.inside && (!c.cancels || b.spec.TLS) {
 		return c.startAsking()
 	}
 	return c.reached()
@@ -455,7 +455,7 @@ func (c *conn) connected() stage {
 
 // reached is where the backend has said what it says before TLS.
 func (c *conn) reached() stage {
-	if c.dial.backend.tickets != nil && !c.cancels {
+	if c.dial.backend.tickets != nil {
 		return c.encrypt()
 	}
 	return c.found()

@@ -209,6 +209,9 @@ func (c *conn) greet() stage {
 	}
 	c.carried(&c.up, len(c.pending))
 	c.pending = nil
+	if c.cancels {
+		return c.startCancel()
+	}
 	c.tuneClient()
 	c.active = c.loop.now
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1

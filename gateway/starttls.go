@@ -4,12 +4,14 @@ package gateway
 
 import (
 	"bytes"
+	"encoding/binary"
 	"os"
 	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/record"
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -184,9 +186,12 @@ func (c *conn) keepBehind(b []byte, used int) {
 	}
 }
 
-// passCancel takes a CancelRequest of PostgreSQL to the backend as it came: clients send it on a connection of its own,
-// those before PostgreSQL 17 always in the clear, so that no name says for which server it is.
+// passCancel takes a CancelRequest of PostgreSQL to the backend: clients send it on a connection of its own, those before
+// PostgreSQL 17 always in the clear, so that no name says for which server it is. The packet goes on, over TLS to a backend
+// that is spoken to in TLS, and nothing else does: neither what the client says behind it nor what the backend says.
 func (c *conn) passCancel() stage {
+	size := binary.BigEndian.Uint32(c.pending) // at most what is there (package starttls)
+	c.pending = c.pending[:size:size]
 	r := c.port.lookup("")
 	if r == nil || r.rule.Action != natmap.Forward {
 		c.tell(UnknownName, "a CancelRequest in the clear has no name, and no rule for this port is without one")
@@ -200,6 +205,51 @@ func (c *conn) passCancel() stage {
 	}
 	c.cancels = true
 	return c.startConnect()
+}
+
+// startCancel sends the packet, which the flow to the backend has, and waits for the end.
+func (c *conn) startCancel() stage {
+	c.dial, c.stage = nil, cancelling
+	c.setDeadline(int64(c.loop.gw.settings.HelloTimeout)) // a server ends the connection at once
+	return c.awaitCancel()
+}
+
+// awaitCancel forgets what either side says. It is the backend that ends the connection. The end of the client's stream is
+// passed on, and no other: PgBouncer drops a request whose client has left.
+func (c *conn) awaitCancel() stage {
+	if c.up.stuck() && !c.flush(&c.up, &c.backend) && c.backend.failed == 0 {
+		return cancelling
+	}
+	if !c.skim(&c.backend) {
+		return c.cancelOver(BackendReset, c.backend.failed)
+	}
+	before := c.skimmed
+	here := c.skim(&c.client)
+	switch {
+	case c.client.failed != 0:
+		return c.cancelOver(ClientReset, c.client.failed)
+	case c.skimmed > lastWordsBytes:
+		return c.cancelOver(BadHello, unix.EMSGSIZE)
+	case c.skimmed > before:
+		c.tell(OK, "what the client said behind a CancelRequest was not passed on")
+	}
+	if !here && !c.up.closed {
+		c.up.closed = true
+		if s := c.backend.tls; s != nil {
+			wholly(&c.backend, s.writer.AppendAlert(nil, record.AlertCloseNotify))
+		}
+		sysShutdown(c.backend.fd, unix.SHUT_WR)
+	}
+	return cancelling
+}
+
+func (c *conn) cancelOver(o Outcome, failed unix.Errno) stage {
+	if failed == 0 {
+		return c.finish(OK, "")
+	}
+	abort(&c.client)
+	abort(&c.backend)
+	return c.finish(o, "a CancelRequest: "+failed.Error())
 }
 
 // talk is what is said with the backend before bytes can be carried.

@@ -59,6 +59,8 @@ func (c *conn) story() stage {
 		return c.greet()
 	case translating, relaying:
 		return c.relay()
+	case cancelling:
+		return c.awaitCancel()
 	case readingRequest:
 		return c.readRequest()
 	case lingering:
@@ -169,6 +171,8 @@ func (c *conn) due() {
 		c.encryptionDue()
 	case c.stage == greeting, c.stage == translating, c.stage == relaying:
 		c.idle()
+	case c.stage == cancelling:
+		c.cut(Idle, "the backend did not end the connection of a CancelRequest in time")
 	case c.stage == resetting:
 		c.advance()
 	case c.stage == lingering:
