@@ -111,7 +111,15 @@ type terms struct {
 
 // certificate is what the client is shown.
 func (c *conn) certificate() *certs.Entry {
-	return c.gen.config.Certificate(c.route.rule, c.report.sni, func() netip.Addr { return localAddr(c.client.fd).Addr() })
+	return c.gen.config.Certificate(c.route.rule, c.report.sni, c.asked)
+}
+
+// asked is the address that the client connected to: the PROXY header's, behind a load balancer, else the socket's.
+func (c *conn) asked() netip.Addr {
+	if c.report.target.IsValid() {
+		return c.report.target.Addr()
+	}
+	return localAddr(c.client.fd).Addr()
 }
 
 func (c *conn) noCertificate() string {

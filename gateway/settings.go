@@ -11,10 +11,14 @@ import (
 	"reflect"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/caarlos0/env/v11"
+
+	"github.com/tlsnat/tlsnat/natmap"
 )
 
 // Prefix is what the name of every setting begins with in the environment.
@@ -65,7 +69,45 @@ func (e *SettingError) Error() string {
 	if e.Value == "" {
 		return e.Key + ": " + e.Msg
 	}
-	return fmt.Sprintf("%s=%s: %s", e.Key, e.Value, e.Msg)
+	return fmt.Sprintf("%s=%s: %s", e.Key, printable(e.Value), e.Msg)
+}
+
+// printable is s where all of it can be seen, else s quoted.
+func printable(s string) string {
+	if strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
+		return strconv.QuoteToASCII(s)
+	}
+	return s
+}
+
+// wrapped says what is wrong with a value that came with more around it than was meant; "" if nothing is. Docker's
+// --env-file keeps quotes, and a file from Windows has a carriage return at the end of each line. In the rules a line may
+// end as it likes.
+func wrapped(key, value string) string {
+	n := len(value)
+	switch {
+	case n >= 2 && (value[0] == '"' || value[0] == '\'') && value[n-1] == value[0]:
+		return "is in quotes, which belong to the value here; write it without them (docker --env-file keeps quotes)"
+	case key == Prefix+"MAP":
+		return ""
+	case strings.HasSuffix(value, "\r"):
+		return "ends in a carriage return; save the file that it comes from with Unix line ends"
+	case strings.HasPrefix(value, "\ufeff"):
+		return "begins with a byte order mark; save the file that it comes from without it"
+	case strings.ContainsFunc(value, unicode.IsControl):
+		return "has a character that cannot be seen; write it without"
+	}
+	return ""
+}
+
+// hidden says whether a setting's value is not shown.
+func hidden(key string) bool {
+	for f := range fields() {
+		if Prefix+f.Tag.Get("env") == key {
+			return f.Tag.Get("secret") != ""
+		}
+	}
+	return false
 }
 
 // SettingDoc describes one setting.
@@ -161,6 +203,13 @@ func ours(environ []string) (map[string]string, []error) {
 			problems = append(problems, &SettingError{Key: key, Msg: "there is no such setting; " + suggestion(key, known)})
 			continue
 		}
+		if msg := wrapped(key, value); msg != "" {
+			if hidden(key) {
+				value = ""
+			}
+			problems = append(problems, &SettingError{key, value, msg})
+			continue // what it would mean is not asked
+		}
 		if value != "" {
 			vars[key] = value
 		}
@@ -186,7 +235,11 @@ func parseComplaints(err error, vars map[string]string) []error {
 		}
 		f, _ := reflect.TypeFor[Settings]().FieldByName(pe.Name)
 		key := Prefix + f.Tag.Get("env")
-		problems = append(problems, &SettingError{key, vars[key], expected(f.Type)})
+		msg := expected(f.Type)
+		if f.Type == reflect.TypeFor[[]netip.Prefix]() {
+			msg = pe.Err.Error() // says which of them
+		}
+		problems = append(problems, &SettingError{key, vars[key], msg})
 	}
 	return problems
 }
@@ -203,25 +256,28 @@ func expected(t reflect.Type) string {
 	return "can't be read"
 }
 
+// ParsePrefix reads an address, which is meant alone, or a prefix, as the map does. Bits behind the prefix do not matter.
+func ParsePrefix(s string) (netip.Prefix, error) {
+	if p, err := netip.ParsePrefix(s); err == nil && !p.Addr().Is4In6() {
+		s = p.Masked().String()
+	}
+	p, msg, hint := natmap.ParsePrefix(s)
+	if msg != "" {
+		return p, errors.New(msg + "; " + hint)
+	}
+	return p, nil
+}
+
 func parsePrefixes(s string) (any, error) {
 	var all []netip.Prefix
 	for item := range strings.SplitSeq(s, ",") {
-		p, err := parsePrefix(strings.TrimSpace(item))
+		p, err := ParsePrefix(strings.TrimSpace(item))
 		if err != nil {
 			return nil, err
 		}
 		all = append(all, p)
 	}
 	return all, nil
-}
-
-// parsePrefix reads a CIDR, or an address as one of itself alone.
-func parsePrefix(s string) (netip.Prefix, error) {
-	if addr, err := netip.ParseAddr(s); err == nil {
-		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
-	}
-	p, err := netip.ParsePrefix(s)
-	return p.Masked(), err
 }
 
 // check looks at what each value means.

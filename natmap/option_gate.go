@@ -183,32 +183,45 @@ func escapeFile(s string) string {
 
 // prefix reads an address or a prefix.
 func (p *parser) prefix(t token) netip.Prefix {
-	if a, err := netip.ParseAddr(t.text); err == nil {
-		if a = a.Unmap(); a.Zone() != "" {
-			p.fault(t, quote(t.text)+" has a zone", "write it without %"+clip(a.Zone()))
-		}
-		return netip.PrefixFrom(a, a.BitLen())
-	}
-	c, err := netip.ParsePrefix(t.text)
-	mapped := err == nil && c.Addr().Is4In6()
-	if mapped && c.Bits() >= 96 {
-		c, mapped = netip.PrefixFrom(c.Addr().Unmap(), c.Bits()-96), false
-	}
+	c, msg, hint := ParsePrefix(t.text)
 	switch {
 	case t.text == "":
 		p.fault(t, "a prefix of the list is empty", "write prefixes with one comma between them: 192.0.2.0/24,2001:db8::/32")
 	case t.text == "all" || t.text == "off":
 		p.fault(t, t.text+" stands beside prefixes", "write it alone, or remove it")
-	case err != nil && looksLikePath(t.text):
+	case !c.IsValid() && looksLikePath(t.text):
 		p.fault(t, quote(t.text)+" is not an address or a prefix", "write @"+clip(t.text)+" for a file with prefixes")
-	case err != nil:
-		p.fault(t, quote(t.text)+" is not an address or a prefix", "write one such as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32")
-	case mapped:
-		p.fault(t, quote(t.text)+" is more than IPv4", "write 0.0.0.0/0 for all of IPv4")
-	case c.Masked() != c:
-		p.fault(t, quote(t.text)+" has bits behind its prefix", "write "+c.Masked().String()+", or "+c.Addr().String()+" for the address alone")
+	case msg != "":
+		p.fault(t, msg, hint)
 	}
 	return c
+}
+
+// ParsePrefix reads an address, which stands for itself alone, or a prefix. It is what reads those of the map, of
+// settings and queries; files of lists are read the same (package gate). IPv4 in its IPv6-mapped form is IPv4, as addresses of clients are. When s is neither, p is
+// not valid, msg says what is wrong and hint what to write instead.
+func ParsePrefix(s string) (p netip.Prefix, msg, hint string) {
+	if a, err := netip.ParseAddr(s); err == nil {
+		if a.Zone() != "" {
+			return p, quote(s) + " has a zone", "write it without %" + clip(a.Zone())
+		}
+		a = a.Unmap()
+		return netip.PrefixFrom(a, a.BitLen()), "", ""
+	}
+	p, err := netip.ParsePrefix(s)
+	mapped := err == nil && p.Addr().Is4In6()
+	if mapped && p.Bits() >= 96 {
+		p, mapped = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96), false
+	}
+	switch {
+	case err != nil:
+		return netip.Prefix{}, quote(s) + " is not an address or a prefix", "write one such as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32"
+	case mapped:
+		return netip.Prefix{}, quote(s) + " is more than IPv4", "write 0.0.0.0/0 for all of IPv4"
+	case p.Masked() != p:
+		return netip.Prefix{}, quote(s) + " has bits behind its prefix", "write " + p.Masked().String() + ", or " + p.Addr().String() + " for the address alone"
+	}
+	return p, "", ""
 }
 
 func looksLikePath(s string) bool {

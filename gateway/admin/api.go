@@ -256,15 +256,8 @@ func connQuery(r *http.Request) (q gateway.ConnQuery, instead string, err error)
 	return q, "", nil
 }
 
-// ParsePrefix reads an address, which is meant alone, or a prefix.
-func ParsePrefix(s string) (netip.Prefix, error) {
-	if strings.Contains(s, "/") {
-		return netip.ParsePrefix(s)
-	}
-	a, err := netip.ParseAddr(strings.Trim(s, "[]"))
-	a = a.Unmap()
-	return netip.PrefixFrom(a, a.BitLen()), err
-}
+// ParsePrefix reads an address, which is meant alone and may stand in brackets, or a prefix.
+func ParsePrefix(s string) (netip.Prefix, error) { return gateway.ParsePrefix(strings.Trim(s, "[]")) }
 
 func (s *Server) status() gateway.Status {
 	status := s.gateway.Status()
