@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+//go:debug x509negativeserial=1
+
 // Tlsnat is a Layer-4 TLS edge gateway with port NAT.
 //
 //	tlsnat            the demo, when no TLSNAT_ variable is set
