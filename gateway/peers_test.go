@@ -543,14 +543,21 @@ func TestFullDuplex(t *testing.T) {
 		size = 16 << 20
 	}
 	up, down := random(3, size), random(4, size)
-	received := make(chan [32]byte, 1)
+	type result struct {
+		bytes   []byte
+		in, out error
+	}
+	received := make(chan result, 1)
 	backend := serve(t, func(c *net.TCPConn) {
-		sum := sha256.New()
 		var both sync.WaitGroup
-		both.Go(func() { _, _ = io.Copy(sum, c) })
-		both.Go(func() { _, _ = c.Write(down); _ = c.CloseWrite() })
+		var r result
+		both.Go(func() { r.bytes, r.in = io.ReadAll(c) })
+		both.Go(func() {
+			_, err := c.Write(down)
+			r.out = errors.Join(err, c.CloseWrite())
+		})
 		both.Wait()
-		received <- [32]byte(sum.Sum(nil))
+		received <- r
 	})
 	b := start(t, ":{0} edge.test -> "+backend+"\n:{1} -> "+backend+" mode=tcp")
 	type duplex interface {
@@ -573,11 +580,12 @@ func TestFullDuplex(t *testing.T) {
 			if err := errors.Join(err, <-sent); err != nil {
 				t.Fatal(err)
 			}
-			if <-received != sha256.Sum256(up) {
-				t.Error("up: not what was sent")
+			r := <-received
+			if diff := difference(r.bytes, up); diff != "" || r.in != nil || r.out != nil {
+				t.Errorf("up: %s; the backend's reading ended with %v, its writing with %v", diff, r.in, r.out)
 			}
-			if !bytes.Equal(got, down) {
-				t.Error("down: not what was sent")
+			if diff := difference(got, down); diff != "" {
+				t.Errorf("down: %s", diff)
 			}
 			b.lineOf(t, c).expect(t, logLine{Outcome: "ok", BytesUp: int64(size), BytesDown: int64(size)})
 		})
