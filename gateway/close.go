@@ -23,8 +23,9 @@ const (
 
 // answerAndLinger says the last words to a client that gets nothing else.
 func (c *conn) answerAndLinger(words []byte) stage {
-	if _, e := sysWrite(c.client.fd, words); e != 0 {
-		return c.finish(ClientReset, "")
+	if c.write(&c.client, words); c.client.failed != 0 {
+		c.report.told = c.report.told && c.report.outcome != OK // what was to be answered well was not
+		return c.finish(c.lost(&c.client), "the answer could not be sent: "+c.client.failed.Error())
 	}
 	return c.startLinger()
 }
@@ -57,7 +58,7 @@ func (c *conn) skim(s *socket) bool {
 	for s.readable && c.skimmed <= lastWordsBytes {
 		n, e := c.skimOnce(s)
 		switch {
-		case e == unix.EAGAIN || s.kernelOpens() && unopenable(e):
+		case e != 0 && streamCalls.mean(e) == meansWait, s.kernelOpens() && unopenable(e):
 			s.readable = false
 		case e != 0:
 			s.failed = e

@@ -441,6 +441,7 @@ func (h *encrypter) reason(failed unix.Errno) (encryptionResult, string) {
 	err := h.err
 	var unverified *tls.CertificateVerificationError
 	var op *net.OpError
+	var errno unix.Errno
 	switch {
 	case errors.As(err, &unverified):
 		return encryptionUnverified, "its certificate is not accepted: " + strings.TrimPrefix(unverified.Err.Error(), "x509: ")
@@ -452,8 +453,12 @@ func (h *encrypter) reason(failed unix.Errno) (encryptionResult, string) {
 		return encryptionRefused, "it refused the TLS handshake with the alert " + record.Alert(h.wire.in.alert).String()
 	case errors.As(err, new(tls.RecordHeaderError)):
 		return encryptionNoTLS, "it does not speak TLS"
+	case errors.As(err, &errno) && streamCalls.mean(errno) != meansGone:
+		return encryptionFault, "TLS handshake: " + errno.Error()
 	case failed != 0:
 		return encryptionClosed, "TLS handshake: " + failed.Error()
+	case errno != 0:
+		return encryptionClosed, "TLS handshake: " + errno.Error()
 	case errors.Is(err, io.EOF):
 		return encryptionClosed, "it left during the TLS handshake"
 	}

@@ -332,6 +332,7 @@ func (c *conn) handshakeDue() {
 func (c *conn) giveUpHandshake(why string) {
 	c.tell(HandshakeFailed, why)
 	sysShutdown(c.client.fd, unix.SHUT_RDWR)
+	c.hs.wire.gaveUp.Store(true)
 	c.hs.wire.nudge()
 }
 
@@ -617,6 +618,7 @@ func (h *handshaker) forget() {
 func (c *conn) handshakeFailed(err error) {
 	var p *panicked
 	var op *net.OpError
+	var errno unix.Errno
 	switch {
 	case errors.As(err, &p):
 		c.tell(Internal, err.Error())
@@ -631,10 +633,16 @@ func (c *conn) handshakeFailed(err error) {
 		c.tell(ClientReset, "reset during the handshake")
 	case errors.Is(err, io.EOF):
 		c.tell(HandshakeFailed, "the client left during the handshake")
-	case errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
+	case errors.As(err, &errno) && streamCalls.mean(errno) != meansGone:
+		c.tell(Internal, "TLS handshake: "+errno.Error())
+	case errno != 0:
 		c.tell(ClientReset, "reset during the handshake")
 	default:
 		c.tell(HandshakeFailed, err.Error())
+	}
+	if errno != 0 { // nobody is there to linger for
+		c.finish(HandshakeFailed, "")
+		return
 	}
 	c.stage = c.startLinger()
 	c.advance()
@@ -719,6 +727,7 @@ func (w *wire) begin(l *loop, s *socket, hello []byte) {
 	w.in.begin(shortRecord)
 	w.out.begin(record.MaxRecord)
 	w.drained = !s.readable
+	w.gaveUp.Store(false)
 	w.cut.Store(s.hup || s.exact)
 	w.buf = append(w.buf[:0], hello...)
 	select {
@@ -826,7 +835,7 @@ func (w *wire) fill() error {
 		switch {
 		case w.gaveUp.Load():
 			return errGaveUp
-		case e == unix.EAGAIN:
+		case e != 0 && streamCalls.mean(e) == meansWait:
 			w.drained = true
 		case e != 0:
 			return e
@@ -855,7 +864,7 @@ func (w *wire) Write(p []byte) (int, error) {
 		switch {
 		case w.gaveUp.Load():
 			return 0, errGaveUp
-		case e == unix.EAGAIN:
+		case e != 0 && streamCalls.mean(e) == meansWait:
 			w.await()
 		case e != 0:
 			return 0, e // crypto/tls gives up, however much went

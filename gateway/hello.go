@@ -61,6 +61,8 @@ func (c *conn) readHello() stage {
 func (c *conn) endedEarly(errno unix.Errno) stage {
 	why := fmt.Sprintf("the client left after %d bytes of it", len(c.pending))
 	switch {
+	case errno != 0 && c.lost(&c.client) == Internal:
+		return c.finish(Internal, errno.Error())
 	case len(c.pending) == 0:
 		c.report.probe = true
 		return c.finish(OK, "")

@@ -27,6 +27,7 @@ type listener struct {
 	wide  *wideRules // of one that serves many ports, of which port is one; then gen and rules are there
 
 	backoff time.Duration // how long accepting rests after it failed
+	gone    uint8         // connections in a row that had gone before they were accepted
 	paused  bool
 	closing bool
 	far     bool // SYNs that may have come over a router are dropped: deafen
@@ -212,18 +213,27 @@ const turnedAway = 8
 func (ln *listener) accept() bool {
 	l := ln.loop
 	fd, peer, e := l.accept4(ln.fd)
-	switch {
-	case e == 0:
-		ln.backoff = 0
+	if e == 0 {
+		ln.backoff, ln.gone = 0, 0
 		ln.accepted(fd)
 		l.begin(ln, fd, peer)
 		return true
-	case e == unix.EAGAIN, e == unix.EINTR, e == unix.ECONNABORTED, e == unix.EPROTO:
-		return e != unix.EAGAIN
+	}
+	switch acceptCalls.mean(e) {
+	case meansWait:
+		return false
+	case meansGone:
+		if ln.gone++; ln.gone < goneInARow {
+			return true
+		}
 	}
 	ln.rest(e)
 	return false
 }
+
+// goneInARow is how many connections can have gone before they were accepted, one after the other, before accepting rests
+// as after another failure: so that an error that stays is not asked for again and again.
+const goneInARow = 64
 
 // accepted takes back what a connection inherits from a listener that ends.
 func (ln *listener) accepted(fd int32) {

@@ -216,9 +216,5 @@ func (c *conn) keepKnown() {
 // nothing about the backend either (see ownLack for what passes).
 func ownFault(err error) bool {
 	e, ok := err.(unix.Errno)
-	switch e {
-	case unix.EPERM, unix.EACCES, unix.EAFNOSUPPORT, unix.EINVAL:
-		return true
-	}
-	return !ok
+	return !ok || connectCalls.mean(e) != meansGone
 }

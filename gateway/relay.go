@@ -37,9 +37,9 @@ func (c *conn) relay() stage {
 	case c.report.told:
 		return c.violated()
 	case c.up.cut(&c.client, &c.backend):
-		return c.startReset(ClientReset, c.clientEnd())
+		return c.startReset(c.lost(&c.client), c.clientEnd())
 	case c.down.cut(&c.backend, &c.client):
-		return c.startReset(BackendReset, c.backendEnd())
+		return c.startReset(c.lost(&c.backend), c.backendEnd())
 	case c.up.closed && c.down.closed && !c.client.clogged() && !c.backend.clogged():
 		return c.finish(OK, c.backendEnd())
 	}
@@ -198,12 +198,12 @@ func (c *conn) write(s *socket, b []byte) int {
 
 // wrote is what a writing call said: n bytes of want, or an error.
 func (s *socket) wrote(n, want int, e unix.Errno) int {
-	switch {
-	case e == unix.EAGAIN:
-		s.writable = false
-		return 0
-	case e != 0:
-		s.failed = e
+	if e != 0 {
+		if streamCalls.mean(e) == meansWait {
+			s.writable = false
+		} else {
+			s.failed = e
+		}
 		return 0
 	}
 	if n < want {
@@ -216,7 +216,7 @@ func (s *socket) wrote(n, want int, e unix.Errno) int {
 // to go on with.
 func (f *flow) got(s *socket, n, want int, e unix.Errno) int {
 	switch {
-	case e == unix.EAGAIN:
+	case e != 0 && streamCalls.mean(e) == meansWait:
 		f.drained(s)
 		return 0
 	case e != 0:

@@ -230,7 +230,7 @@ func (c *conn) hear(f *flow, from, to *socket, said unix.Errno) int {
 	n, typ, e := ktls.Receive(from.fd, buf)
 	switch {
 	case e == unix.EAGAIN && said == 0:
-		from.readable = false
+		f.drained(from)
 	case e == unix.EAGAIN:
 		c.unopened(f, from, unix.EINVAL)
 	case e != 0:
@@ -309,12 +309,8 @@ func (c *conn) renewInKernel(f *flow, to *socket) {
 		return
 	}
 	suite := s.writer.Suite()
-	switch e := ktls.Send(to.fd, ktls.TypeHandshake, keyUpdate); {
-	case e == unix.EAGAIN:
-		to.writable = false
-		return
-	case e != 0:
-		to.failed = e
+	if e := ktls.Send(to.fd, ktls.TypeHandshake, keyUpdate); e != 0 {
+		to.wrote(0, len(keyUpdate), e)
 		return
 	}
 	next, err := ktls.NextTX(to.fd, suite)
@@ -422,16 +418,11 @@ func (c *conn) say(f *flow, to *socket, a record.Alert) bool {
 	if to.kernelOpens() && unopenable(e) { // the error of what came meanwhile; it's said once
 		e = ktls.Send(to.fd, ktls.TypeAlert, body[:])
 	}
-	switch e {
-	case 0:
-		to.tls.debt += int64(len(body))
-	case unix.EAGAIN:
-		to.writable = false
-		return false
-	default:
-		to.failed = e
+	if e != 0 {
+		to.wrote(0, len(body), e)
 		return false
 	}
+	to.tls.debt += int64(len(body))
 	f.notified = true
 	return true
 }

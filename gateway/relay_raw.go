@@ -45,6 +45,11 @@ func (c *conn) spliceOver(f *flow, from, to *socket) int {
 	if from.kernelOpens() {
 		return c.spliceOpened(f, from, to, p, want, n, e)
 	}
+	if e != 0 && streamCalls.mean(e) == meansLack { // of pages: copying needs none
+		c.loop.pipes.giveBack(p)
+		f.splice = false
+		return c.copyOver(f, from, to)
+	}
 	if n = f.got(from, n, n, e); n == 0 {
 		c.loop.pipes.giveBack(p)
 		f.splice = f.run >= spliceWorth
@@ -74,7 +79,7 @@ func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e u
 	}
 	if total == 0 {
 		c.loop.pipes.giveBack(p)
-		if e == unix.EAGAIN {
+		if e != 0 && streamCalls.mean(e) == meansWait {
 			return f.got(from, 0, 0, e)
 		}
 		return c.hear(f, from, to, e)
@@ -86,7 +91,7 @@ func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e u
 	f.pipe, f.inPipe = p, total
 	c.drainPipe(f, to)
 	f.adapt(total >= want)
-	if e != 0 && e != unix.EAGAIN { // some are said only once
+	if e != 0 && streamCalls.mean(e) != meansWait { // some are said only once
 		total += c.hear(f, from, to, e)
 	}
 	return total
@@ -97,7 +102,10 @@ func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e u
 func (c *conn) drainPipe(f *flow, to *socket) bool {
 	for f.inPipe > 0 {
 		n, e := sysSplice(f.pipe.r, to.fd, f.inPipe)
-		if e == unix.EAGAIN || e != 0 {
+		if e == 0 && n == 0 { // there are bytes in it, and the pipe says that it is over
+			e = unix.EIO
+		}
+		if e != 0 {
 			to.wrote(0, f.inPipe, e)
 			return false
 		}

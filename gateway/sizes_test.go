@@ -10,9 +10,12 @@ import (
 	"math/rand/v2"
 	"net"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 	_ "unsafe" // for linkname
+
+	"golang.org/x/sys/unix"
 )
 
 // The cipher suites of TLS 1.3 can't be chosen in a tls.Config. These are what crypto/tls offers and prefers; it keeps them
@@ -226,12 +229,7 @@ func (x *post) meet(t *testing.T, d delivery) (client, backend *correspondent) {
 	if got := client.Conn.(*tls.Conn).ConnectionState().CipherSuite; got != d.suite {
 		t.Fatalf("%s: the suite is %s", d, tls.CipherSuiteName(got))
 	}
-	var arrived net.Conn
-	select {
-	case arrived = <-x.arrivals[d.backend]:
-	case <-time.After(patience):
-		t.Fatalf("%s: nothing reached the backend", d)
-	}
+	arrived := x.arrived(t, d.backend)
 	_ = arrived.SetDeadline(time.Now().Add(patience))
 	if d.backend != "tls" {
 		return client, newCorrespondent(arrived, nil)
@@ -249,6 +247,38 @@ func (x *post) meet(t *testing.T, d delivery) (client, backend *correspondent) {
 		t.Fatalf("%s: %v", d, err)
 	}
 	return client, backend
+}
+
+// arrived is the next connection that has reached a backend. Those that the gateway has closed are of an earlier client.
+func (x *post) arrived(t *testing.T, kind string) net.Conn {
+	t.Helper()
+	for late := time.After(patience); ; {
+		select {
+		case c := <-x.arrivals[kind]:
+			if !hungUp(t, c) {
+				t.Cleanup(func() { _ = c.Close() })
+				return c
+			}
+			_ = c.Close()
+		case <-late:
+			t.Fatal("nothing reached the backend")
+		}
+	}
+}
+
+// hungUp says whether the other end of a connection has closed it, and nothing is to be read before that.
+func hungUp(t *testing.T, c net.Conn) (over bool) {
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) {
+			n, _, e := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			over = e == nil && n == 0 || e == unix.ECONNRESET
+		})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return over
 }
 
 // content is what is sent, and where it is cut.

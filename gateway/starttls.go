@@ -112,7 +112,7 @@ func (c *conn) beginPrelude() stage {
 		return c.beginMySQL()
 	}
 	if greeting := c.prelude.Greeting(nil, c.port.host); len(greeting) > 0 && !c.tellClient(greeting) {
-		return c.finish(ClientReset, "")
+		return c.finish(c.lost(&c.client), "")
 	}
 	return c.readPrelude()
 }
@@ -137,7 +137,15 @@ func (c *conn) tellClient(b []byte) bool { return wholly(&c.client, b) }
 
 func wholly(s *socket, b []byte) bool {
 	n, e := sysWrite(s.fd, b)
-	return e == 0 && n == len(b)
+	return s.wrote(n, len(b), e) == len(b)
+}
+
+// unheard says why a backend has not taken what it was told.
+func (c *conn) unheard() string {
+	if e := c.backend.failed; e != 0 {
+		return e.Error()
+	}
+	return "it reads nothing"
 }
 
 // answer says what the protocol has to say, and where that leads; readingPrelude is on.
@@ -149,7 +157,7 @@ func (c *conn) answer(out []byte, step starttls.Step, err error) stage {
 		c.report.probe = true // it looked, and has left: monitoring does
 		c.tell(OK, "")
 	case len(out) > 0 && !c.tellClient(out):
-		return c.finish(ClientReset, "")
+		return c.finish(c.lost(&c.client), "")
 	default:
 		return readingPrelude
 	}
@@ -289,7 +297,7 @@ func (c *conn) startAsking() stage {
 	case len(out) == 0:
 		ackNow(c.backend.fd)
 	case !wholly(&c.backend, out):
-		return c.nextBackend("it reads nothing")
+		return c.nextBackend(c.unheard())
 	}
 	return c.ask()
 }
@@ -303,7 +311,7 @@ func (c *conn) ask() stage {
 	for s.readable {
 		n, e := sysRead(s.fd, c.loop.scratch[:preludeLimit])
 		switch {
-		case e == unix.EAGAIN:
+		case e != 0 && streamCalls.mean(e) == meansWait:
 			s.readable = false
 			return asking
 		case e != 0:
@@ -335,7 +343,7 @@ func (c *conn) understand(b []byte) stage {
 		case err != nil:
 			return c.nextBackend(d.backend.speaks.String() + ": " + err.Error())
 		case len(out) > 0 && !wholly(&c.backend, out):
-			return c.nextBackend("it reads nothing")
+			return c.nextBackend(c.unheard())
 		case step == starttls.TLS, step == starttls.Greeted && !d.backend.asks:
 			return c.reached()
 		case step == starttls.More:
@@ -364,7 +372,7 @@ func (c *conn) passGreeting() stage {
 	t.passed = true
 	c.reports(c.dial.name())
 	if !c.tellClient(starttls.MySQLGreeting(t.greeting)) {
-		return c.finish(ClientReset, "")
+		return c.finish(c.lost(&c.client), "")
 	}
 	c.setDeadline(int64(c.loop.gw.settings.HelloTimeout))
 	return readingPrelude
@@ -375,7 +383,7 @@ func (c *conn) resume() stage {
 	d := c.dial
 	d.until, d.round = c.loop.now+int64(c.route.connect), 0 // what fails now is told
 	if d.backend.asks && !wholly(&c.backend, d.talk.request) {
-		return c.nextBackend("it reads nothing")
+		return c.nextBackend(c.unheard())
 	}
 	return c.reached()
 }

@@ -252,7 +252,7 @@ func (c *conn) gather(limit int) (b []byte, ended bool, errno unix.Errno) {
 	}
 	n, e := sysRead(s.fd, into)
 	switch {
-	case e == unix.EAGAIN:
+	case e != 0 && streamCalls.mean(e) == meansWait:
 		s.readable = false
 		return c.pending, false, 0
 	case e != 0:

@@ -14,11 +14,48 @@ import (
 // runtime's monitor, which on a core that is not busy all the time then took 5 % of it, and moved the loop from thread to
 // thread. They take microseconds, and a stop of the world waits for that long.
 
+// interruptions is how often in a row a call is repeated that a signal has interrupted. Calls that don't block hardly ever
+// are; one that always is must not hold the loop.
+const interruptions = 8
+
+// sysCall names a system call on the path of a connection.
+type sysCall uint8
+
+const (
+	recvCall sysCall = iota
+	sendCall
+	readvCall
+	writevCall
+	spliceCall // from a socket, or to one
+	connectCall
+	acceptCall
+	pollCall // of a loop: a turn; it can't be made to fail
+)
+
+// inject, where a test has set it, says with which error a call on that socket fails instead of being made; 0: it is
+// made. It is nil in every program.
+var inject func(call sysCall, fd int32) unix.Errno
+
+// injected is the error that a call has to fail with.
+func injected(call sysCall, fd int32) unix.Errno {
+	if inject == nil {
+		return 0
+	}
+	return inject(call, fd)
+}
+
 // sysRead reads from a socket: n == 0 and no error is the end of the stream. recvfrom(2) goes to the socket directly,
 // where read(2) goes through the file system's layer: 3 % of an echo.
 func sysRead(fd int32, p []byte) (int, unix.Errno) {
-	n, _, e := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
-	return int(n), e
+	for left := interruptions; ; left-- {
+		n, e := uintptr(0), injected(recvCall, fd)
+		if e == 0 {
+			n, _, e = unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
+		}
+		if e != unix.EINTR || left == 0 {
+			return int(n), e
+		}
+	}
 }
 
 // sysWrite writes p to a socket, by sendto(2) for the same reason.
@@ -30,30 +67,62 @@ func sysSendMore(fd int32, p []byte) (int, unix.Errno) {
 }
 
 func sysSend(fd int32, p []byte, flags uintptr) (int, unix.Errno) {
-	n, _, e := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), flags, 0, 0)
-	return int(n), e
+	for left := interruptions; ; left-- {
+		n, e := uintptr(0), injected(sendCall, fd)
+		if e == 0 {
+			n, _, e = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), flags, 0, 0)
+		}
+		if e != unix.EINTR || left == 0 {
+			return int(n), e
+		}
+	}
 }
 
 func sysReadv(fd int32, iov []unix.Iovec) (int, unix.Errno) {
-	n, _, e := unix.RawSyscall(unix.SYS_READV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
-	return int(n), e
+	for left := interruptions; ; left-- {
+		n, e := uintptr(0), injected(readvCall, fd)
+		if e == 0 {
+			n, _, e = unix.RawSyscall(unix.SYS_READV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
+		}
+		if e != unix.EINTR || left == 0 {
+			return int(n), e
+		}
+	}
 }
 
 func sysWritev(fd int32, iov []unix.Iovec) (int, unix.Errno) {
-	n, _, e := unix.RawSyscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
-	return int(n), e
+	for left := interruptions; ; left-- {
+		n, e := uintptr(0), injected(writevCall, fd)
+		if e == 0 {
+			n, _, e = unix.RawSyscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
+		}
+		if e != unix.EINTR || left == 0 {
+			return int(n), e
+		}
+	}
 }
 
 // sysSplice moves up to n bytes between a socket and a pipe without a copy. SPLICE_F_MORE is never set: it holds
 // data back until more follows, which may be never.
 func sysSplice(from, to int32, n int) (int, unix.Errno) {
-	m, _, e := unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n),
-		unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
-	return int(m), e
+	for left := interruptions; ; left-- {
+		m, e := uintptr(0), injected(spliceCall, from)
+		if e == 0 {
+			e = injected(spliceCall, to)
+		}
+		if e == 0 {
+			m, _, e = unix.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n),
+				unix.SPLICE_F_MOVE|unix.SPLICE_F_NONBLOCK)
+		}
+		if e != unix.EINTR || left == 0 {
+			return int(m), e
+		}
+	}
 }
 
 // sysEpollWait asks for what is ready, and does not wait for more.
 func sysEpollWait(fd int32, events []unix.EpollEvent) (int, unix.Errno) {
+	_ = injected(pollCall, fd)
 	n, _, e := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(events))),
 		uintptr(len(events)), 0, 0, 0)
 	return int(n), e
@@ -63,8 +132,13 @@ func sysEpollWait(fd int32, events []unix.EpollEvent) (int, unix.Errno) {
 func sysAccept(fd int32) (int32, netip.AddrPort, unix.Errno) {
 	var sa unix.RawSockaddrAny
 	size := uint32(unix.SizeofSockaddrAny)
-	n, _, e := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)),
-		unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	n, e := uintptr(0), unix.EINTR
+	for left := interruptions; e == unix.EINTR && left >= 0; left-- {
+		if e = injected(acceptCall, fd); e == 0 {
+			n, _, e = unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)),
+				unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+		}
+	}
 	if e != 0 {
 		return -1, netip.AddrPort{}, e
 	}
@@ -88,7 +162,10 @@ func sysSet(fd int32, level, option, value int) unix.Errno {
 
 // sysConnect tells a non-blocking socket to connect.
 func sysConnect(fd int32, to unix.Sockaddr) error {
-	var e unix.Errno
+	e := injected(connectCall, fd)
+	if e != 0 {
+		return e
+	}
 	switch to := to.(type) {
 	case *unix.SockaddrInet4:
 		sa := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: swapped(uint16(to.Port)), Addr: to.Addr}
