@@ -238,7 +238,8 @@ func (f *flow) release(l *loop) {
 	l.giveBack(f.lent)
 	l.giveBack(f.carry)
 	if f.pipe != nil {
-		f.pipe.discard() // bytes are in it: nobody else may have it
+		l.lent.piped -= f.inPipe
+		l.pipes.drop(f.pipe)
 	}
 	f.out, f.lent, f.carry, f.pipe, f.inPipe = nil, nil, nil, nil, 0
 }

@@ -28,10 +28,11 @@ const (
 	refusedMaxConns             // TLSNAT_MAX_CONNS
 	refusedHandshakeAll         // TLSNAT_HANDSHAKES: dropped, being the oldest that waits of the address with the most hellos
 	refusedQueue                // max-conns= of every backend, and queue=
+	refusedMemory               // TLSNAT_MEMORY
 	refusals
 )
 
-var refusalNames = [refusals]string{"", "address", "rate-per-ip", "conns-per-ip", "conns", "handshakes", "max-conns", "handshake-queue", "queue"}
+var refusalNames = [refusals]string{"", "address", "rate-per-ip", "conns-per-ip", "conns", "handshakes", "max-conns", "handshake-queue", "queue", "memory"}
 
 var refusalTexts = [refusals]string{"",
 	"the address of the client may not come in (allow=, deny=)",
@@ -42,6 +43,7 @@ var refusalTexts = [refusals]string{"",
 	Prefix + "MAX_CONNS connections are open",
 	"as many hellos wait already as the loop's part of " + Prefix + "HANDSHAKES lets",
 	"every backend has max-conns= connections",
+	"what the other connections' destinations do not take fills the loop's part of " + Prefix + "MEMORY",
 }
 
 func (r refusal) String() string { return refusalNames[r] }

@@ -99,7 +99,7 @@ func newIDBase() uint64 {
 	return binary.BigEndian.Uint64(b[:]) << 36
 }
 
-// connectionLimit is TLSNAT_MAX_CONNS, or what the limit of open files allows: two descriptors a connection, when
+// connectionLimit is TLSNAT_MAX_CONNS, or what memory and the limit of open files allow: two descriptors a connection, when
 // listeners, pipes and what else a process has open are taken off.
 func (g *Gateway) connectionLimit(l *layout) int64 {
 	if g.settings.MaxConns > 0 {
@@ -109,7 +109,8 @@ func (g *Gateway) connectionLimit(l *layout) int64 {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
 		return 1000
 	}
-	return int64(max(1, (int(min(r.Cur, 1<<24))-l.reserved(len(g.loops)))/2))
+	n := (int64(min(r.Cur, 1<<24)) - int64(l.reserved(len(g.loops)))) / 2
+	return max(1, min(n, int64(g.settings.Memory/leastPerConn)))
 }
 
 // Start opens every port of the map and begins to accept. If one can't be opened none is, and the error is about all

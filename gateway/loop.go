@@ -81,6 +81,7 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 	l := &loop{index: index, gw: g, poll: p, most: noEnd, conns: map[*conn]struct{}{}, queues: map[*route]*turnQueue{}, scratch: make([]byte, scratchSize),
 		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan shaker)}}
 	l.queue, l.encryptQueue = newTurns(sourceOf), newTurns(serverOf)
+	l.lent.share, l.pipes.most = int(g.settings.Memory)/g.settings.Loops, pipesFor(g.settings.Loops)
 	l.tick()
 	l.looks.sure = l.now
 	l.wheel.done, l.pacer.done = l.now>>tickShift, l.now>>paceShift
@@ -106,6 +107,7 @@ func (l *loop) run() {
 		l.serveLater()
 		l.startHandshakes()
 		l.noteRound()
+		l.noteMemory()
 		if l.active.Load() > 0 || len(l.later) > 0 {
 			runtime.Gosched() // handshakes get the P now, not when the monitor notices
 		}
@@ -210,6 +212,10 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		return
 	}
 	c.counted = true
+	if l.memoryFull() {
+		l.turnAway(c, refusedMemory)
+		return
+	}
 	c.stage = c.port.first
 	if l.gw.trusts(peer.Addr()) {
 		c.stage = readingProxy

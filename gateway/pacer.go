@@ -53,9 +53,8 @@ func (c *conn) moveAtPace(f *flow, from, to *socket) int {
 		return -1
 	}
 	before := f.moved
-	l.most = room
+	l.most = min(l.most, room)
 	n := c.move(f, from, to)
-	l.most = noEnd
 	pace.Spend(&f.paid, int(f.moved-before))
 	if !from.readable {
 		f.pause = noPause

@@ -466,7 +466,7 @@ func (g *Gateway) tellPorts(o *opening) {
 // the loops' pipes and pollers, and what they listen on.
 func (l *layout) reserved(loops int) int {
 	const others = 16
-	return others + AdminClients() + AdminSpares + loops*(len(l.plain)+len(l.anchors)+2*idlePipes+4)
+	return others + AdminClients() + AdminSpares + loops*(len(l.plain)+len(l.anchors)+2*pipesFor(loops)+4)
 }
 
 // fits says whether there are descriptors enough for so many loops. why is the reason that wide ranges aren't steered.

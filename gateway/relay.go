@@ -113,8 +113,12 @@ func (c *conn) pump(f *flow, from, to *socket) {
 		if sealing && !c.keysServe(f, from, to) {
 			return
 		}
+		if c.loop.memoryFull() && !c.wholeRecordCame(f, from) {
+			from.readable = false // its rest will be news
+			return
+		}
 		n := 0
-		c.loop.work = 0
+		c.loop.work, c.loop.most = 0, c.loop.portion()
 		if c.route.pace == 0 {
 			n = c.move(f, from, to)
 		} else if n = c.moveAtPace(f, from, to); n < 0 {

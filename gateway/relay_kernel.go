@@ -211,7 +211,6 @@ func (c *conn) openInKernel(f *flow, from *socket) {
 //
 // It returns how many bytes of data it carried.
 func (c *conn) hear(f *flow, from, to *socket, said unix.Errno) int {
-	r := &from.tls.reader
 	if said != 0 && said != unix.EINVAL && said != unix.EIO {
 		c.unopened(f, from, said)
 		return 0
@@ -231,8 +230,19 @@ func (c *conn) hear(f *flow, from, to *socket, said unix.Errno) int {
 	switch {
 	case e == unix.EAGAIN && said == 0:
 		f.drained(from)
+		return 0
 	case e == unix.EAGAIN:
 		c.unopened(f, from, unix.EINVAL)
+		return 0
+	}
+	return c.received(f, from, to, buf, n, typ, e)
+}
+
+// received does what a record asks for that the kernel has brought into buf: n bytes of a type, or e. It returns how many
+// bytes of data it carried.
+func (c *conn) received(f *flow, from, to *socket, buf []byte, n int, typ byte, e unix.Errno) int {
+	r := &from.tls.reader
+	switch {
 	case e != 0:
 		c.unopened(f, from, e)
 	case n == 0 && typ == 0:

@@ -2,7 +2,13 @@
 
 package gateway
 
-import "golang.org/x/sys/unix"
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/ktls"
+)
 
 const (
 	// A flow is copied while its messages are small: one read and one write, where splice needs three calls. A read
@@ -37,7 +43,10 @@ func (c *conn) copyOver(f *flow, from, to *socket) int {
 func (c *conn) spliceOver(f *flow, from, to *socket) int {
 	p := c.loop.pipes.borrow()
 	if p == nil {
-		f.splice = false // out of descriptors: copying needs none
+		f.splice = false // copying needs no descriptors
+		if from.kernelOpens() {
+			return c.copyOpened(f, from, to)
+		}
 		return c.copyOver(f, from, to)
 	}
 	want := min((int(f.batch)+1)*spliceStep, c.loop.most)
@@ -60,7 +69,7 @@ func (c *conn) spliceOver(f *flow, from, to *socket) int {
 	c.report.spliced = true
 	c.carried(f, n)
 	f.run = int32(min(int(f.run)+n, spliceWorth))
-	f.pipe, f.inPipe = p, n
+	c.fillPipe(f, p, n)
 	c.drainPipe(f, to)
 	f.adapt(n == want)
 	return n
@@ -88,13 +97,53 @@ func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e u
 	c.loop.counters.spliced.Add(uint64(total))
 	c.report.spliced = true
 	c.carried(f, total)
-	f.pipe, f.inPipe = p, total
+	c.fillPipe(f, p, total)
 	c.drainPipe(f, to)
 	f.adapt(total >= want)
 	if e != 0 && streamCalls.mean(e) != meansWait { // some are said only once
 		total += c.hear(f, from, to, e)
 	}
 	return total
+}
+
+// fillPipe leaves n bytes in a pipe with the flow.
+func (c *conn) fillPipe(f *flow, p *pipe, n int) {
+	f.pipe, f.inPipe = p, n
+	c.loop.lent.piped += n
+}
+
+// emptyPipe copies what a destination has not taken for a while out of its pipe, which others can use, into memory: a
+// stream that stands still keeps no descriptors. With no memory left it keeps the pipe, of which there are only so many.
+func (c *conn) emptyPipe(f *flow) {
+	l := c.loop
+	if f.pipe == nil || l.memoryFull() {
+		return
+	}
+	b := l.lend(f.inPipe + len(f.out))
+	for len(b) < f.inPipe {
+		n, err := unix.Read(int(f.pipe.r), b[len(b):f.inPipe])
+		if n <= 0 || err != nil { // a pipe brings what is in it, or it is none
+			l.giveBack(b)
+			panic(fmt.Sprintf("a pipe that should hold %d bytes more: %v", f.inPipe-len(b), err))
+		}
+		b = b[:len(b)+n]
+	}
+	l.lent.piped -= f.inPipe
+	l.pipes.giveBack(f.pipe)
+	f.pipe, f.inPipe = nil, 0
+	b = append(b, f.out...) // what did not come by the pipe came behind it
+	l.giveBack(f.lent)
+	f.lent, f.out = b, b
+}
+
+// copyOpened is copyOver for a half that the kernel opens: a record, of whatever kind.
+func (c *conn) copyOpened(f *flow, from, to *socket) int {
+	buf := c.loop.scratch[:maxPlain]
+	n, typ, e := ktls.Receive(from.fd, buf)
+	if e == unix.EAGAIN {
+		return f.got(from, 0, 0, e)
+	}
+	return c.received(f, from, to, buf, n, typ, e)
 }
 
 // drainPipe moves what is in the flow's pipe to the destination. It says whether the pipe is empty, which is then
@@ -110,6 +159,7 @@ func (c *conn) drainPipe(f *flow, to *socket) bool {
 			return false
 		}
 		f.inPipe -= n
+		c.loop.lent.piped -= n
 		c.touch()
 	}
 	c.loop.pipes.giveBack(f.pipe)

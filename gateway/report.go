@@ -284,6 +284,7 @@ type counters struct {
 
 	encryptions [encryptionResults][2]atomic.Uint64 // handshakes with backends, the same
 	spans       [spans]stopwatch
+	lent        atomic.Int64     // bytes that destinations have not taken, as of the last round
 	cutShort    [2]atomic.Uint64 // streams of TLS that ended without a close_notify: clients', backends'
 }
 

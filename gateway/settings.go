@@ -43,7 +43,8 @@ type Settings struct {
 	LogFormat      string `env:"LOG_FORMAT" envDefault:"json" doc:"json or console."`
 
 	Loops      int            `env:"LOOPS" doc:"Event loops. Default: as many as the process may use CPUs."`
-	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files allows."`
+	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files and MEMORY allow."`
+	Memory     Size           `env:"MEMORY" doc:"What destinations do not take yet may fill so much, as in 512MB; each loop has an equal part. From half of a part on less is read at a time; when it is full, new connections are closed with outcome 'limited'. Default: half of the memory that the process may use (cgroup), or of the machine's."`
 	Handshakes int            `env:"HANDSHAKES" envDefault:"4096" doc:"TLS handshakes in progress, nearly all of which wait for the client's answer, at some 20 KiB each. If all are taken, the address with the most of them loses the one that is silent for longest. As many ClientHellos may wait for their turn, and as many handshakes with tls:// backends may be in progress. Each loop has an equal part of it."`
 	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
 	Resolver   string         `env:"RESOLVER" doc:"Address and port of the DNS server that is asked for the names of backends. Default: those in /etc/resolv.conf."`
@@ -142,6 +143,8 @@ func typeWord(t reflect.Type) string {
 		return "CIDRs"
 	case reflect.TypeFor[int]():
 		return "number"
+	case reflect.TypeFor[Size]():
+		return "size"
 	}
 	return "text"
 }
@@ -250,6 +253,8 @@ func expected(t reflect.Type) string {
 		return "not a duration; write a number with a unit, such as 500ms, 10s or 15m"
 	case "CIDRs":
 		return "not a list of addresses; write addresses or CIDRs separated by commas, such as 10.0.0.0/8,2001:db8::7"
+	case "size":
+		return "not a size; write a number with a unit, such as 512MB or 4GB"
 	case "number":
 		return "not a number; write digits only"
 	}
@@ -320,6 +325,9 @@ func (s *Settings) check() []error {
 	if s.MaxConns < 0 {
 		bad("MAX_CONNS", fmt.Sprint(s.MaxConns), "can't be negative; leave it out for what the limit of open files allows")
 	}
+	if s.Memory != 0 && s.Memory < leastMemory {
+		bad("MEMORY", s.Memory.String(), "write at least "+leastMemory.String()+", or leave it out for half of what there is")
+	}
 	if s.Handshakes < 1 {
 		bad("HANDSHAKES", fmt.Sprint(s.Handshakes), "at least 1 handshake has to be possible at once")
 	}
@@ -330,6 +338,9 @@ func (s *Settings) check() []error {
 func (s *Settings) fillIn() {
 	if s.Loops == 0 {
 		s.Loops = runtime.GOMAXPROCS(0)
+	}
+	if s.Memory == 0 {
+		s.Memory = defaultMemory("/")
 	}
 	if s.State == "" {
 		s.State = defaultState()

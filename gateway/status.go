@@ -31,6 +31,8 @@ type Status struct {
 	Kernel      KernelCounts     `json:"ktls"`
 	Gate        GateCounts       `json:"gate"`
 
+	Memory MemoryStatus `json:"memory"`
+
 	AcceptPauses uint64     `json:"accept_pauses"`       // out of descriptors or memory
 	Shortages    []Shortage `json:"shortages,omitempty"` // of this process or machine: those that have happened
 	LinesDropped uint64     `json:"log_lines_dropped"`
@@ -78,6 +80,12 @@ type ByteCounts struct {
 	Up      uint64 `json:"up"` // client to backend
 	Down    uint64 `json:"down"`
 	Spliced uint64 `json:"spliced"` // of both: those that never came to user space
+}
+
+// MemoryStatus is what destinations have not taken yet, and how much it may be in all.
+type MemoryStatus struct {
+	Used  int64 `json:"used"`
+	Limit int64 `json:"limit"`
 }
 
 // KernelCounts are halves of connections that streamed, a direction of TLS each: those that went to the kernel, and
@@ -200,6 +208,10 @@ func (g *Gateway) sum(s *Status) {
 	s.Bytes.Down = g.total(func(n *counters) *atomic.Uint64 { return &n.bytesDown })
 	s.Bytes.Spliced = g.total(func(n *counters) *atomic.Uint64 { return &n.spliced })
 	s.Shortages = slices.DeleteFunc(g.Shortages(), func(x Shortage) bool { return x.Count == 0 })
+	s.Memory.Limit = int64(g.settings.Memory)
+	for _, l := range g.loops {
+		s.Memory.Used += l.counters.lent.Load()
+	}
 	s.AcceptPauses = g.total(func(n *counters) *atomic.Uint64 { return &n.acceptRests })
 	s.Kernel.TX = g.total(func(n *counters) *atomic.Uint64 { return &n.kernelTX })
 	s.Kernel.RX = g.total(func(n *counters) *atomic.Uint64 { return &n.kernelRX })

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// What destinations do not take has to be kept, and each of a hundred thousand of them may be slow. So all that is kept has
+// a bound, TLSNAT_MEMORY, of which each loop has an equal part: no loop can take what is another's, and none asks another.
+// Nobody is cut for it. From half of the part on a flow reads a record at a time, so that each that stands still keeps a
+// sixteenth of what it might. When the part is full a flow reads less than what a socket takes that takes anything: who
+// reads is served, who does not keeps little more. What would have to be kept until the rest of a record comes stays with
+// the kernel then, and new connections are turned away.
+
+const (
+	// leastRead is what a flow reads when memory is full: epoll calls a socket writable while a third of its buffer is
+	// free, which is more than this.
+	leastRead = 4 << 10
+	// leastPerConn is what each connection may need then: leastRead both ways, twice at the most (lend), and itself.
+	leastPerConn = 16 << 10
+	// leastMemory serves a loop or two.
+	leastMemory Size = 16 << 20
+)
+
+// memoryFull says whether the loop's part is used up.
+func (l *loop) memoryFull() bool { return l.lent.out+l.lent.piped >= l.lent.share }
+
+// portion is how much a flow may read at a time.
+func (l *loop) portion() int {
+	switch used := l.lent.out + l.lent.piped; {
+	case used < l.lent.share/2:
+		return noEnd
+	case used < l.lent.share:
+		return maxPlain
+	}
+	return leastRead
+}
+
+// noteMemory publishes what is in use.
+func (l *loop) noteMemory() {
+	if used := int64(l.lent.out + l.lent.piped); used != l.counters.lent.Load() {
+		l.counters.lent.Store(used)
+	}
+}
+
+// wholeRecordCame says whether reading a source that is opened here would leave half a record to be kept. Once some of it
+// is kept, reading the rest is what ends that.
+//
+//	recv(MSG_PEEK), ioctl(SIOCINQ), getsockopt(SO_RCVBUF)
+func (c *conn) wholeRecordCame(f *flow, from *socket) bool {
+	if !from.opens() || len(f.carry) > 0 || from.hup || from.failed != 0 {
+		return true
+	}
+	var header [5]byte
+	n, _, err := unix.Recvfrom(int(from.fd), header[:], unix.MSG_PEEK)
+	if n == 0 || err != nil {
+		return true // the read finds out what that is
+	}
+	if n < len(header) {
+		return false
+	}
+	came, err := unix.IoctlGetInt(int(from.fd), unix.SIOCINQ)
+	if err != nil || came >= from.tls.reader.Need(header[:]) {
+		return true
+	}
+	room, err := unix.GetsockoptInt(int(from.fd), unix.SOL_SOCKET, unix.SO_RCVBUF)
+	return err != nil || came >= room/4 // the rest has no room in the kernel either
+}
+
+// pipesFor is how many pipes a loop may have: a thirty-second of the descriptors serves the pipes of all loops, and
+// idlePipes each are kept in any case. Streams beyond that are copied.
+func pipesFor(loops int) int {
+	const most = 1024
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return idlePipes
+	}
+	return min(max(int(min(r.Cur, 1<<24))/64/loops, idlePipes), most)
+}
+
+// Size is a number of bytes, as operators write it: 512MB.
+type Size int64
+
+var sizeUnits = []struct {
+	name  string
+	bytes Size
+}{{"TB", 1 << 40}, {"GB", 1 << 30}, {"MB", 1 << 20}, {"KB", 1 << 10}, {"B", 1}}
+
+// UnmarshalText reads a size.
+func (s *Size) UnmarshalText(text []byte) error {
+	for _, u := range sizeUnits {
+		number, found := strings.CutSuffix(strings.ToUpper(string(text)), u.name)
+		if !found {
+			continue
+		}
+		n, err := strconv.ParseInt(strings.TrimSpace(number), 10, 64)
+		if err != nil || n < 0 || n > 1<<50/int64(u.bytes) {
+			break
+		}
+		*s = Size(n) * u.bytes
+		return nil
+	}
+	return errors.New("not a size")
+}
+
+func (s Size) String() string {
+	for _, u := range sizeUnits {
+		if s%u.bytes == 0 && s != 0 {
+			return strconv.FormatInt(int64(s/u.bytes), 10) + u.name
+		}
+	}
+	return "0B"
+}
+
+// defaultMemory is half of what the process may use, or of what the machine has.
+func defaultMemory(root string) Size {
+	all := cgroupMemory(root)
+	var machine unix.Sysinfo_t
+	if err := unix.Sysinfo(&machine); err == nil {
+		all = min(all, Size(machine.Totalram)*Size(machine.Unit))
+	}
+	return max(all/2, leastMemory)
+}
+
+// noLimit is more than any machine has; cgroups say something like it where there is none.
+const noLimit Size = 1 << 50
+
+// cgroupMemory is the least that the process's cgroups allow, of version 2 and 1. In a container its own cgroup may be at
+// the root, whatever /proc says.
+func cgroupMemory(root string) Size {
+	least := noLimit
+	groups, _ := os.ReadFile(filepath.Join(root, "proc/self/cgroup"))
+	for line := range strings.Lines(string(groups)) {
+		parts := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(parts) < 3 {
+			continue
+		}
+		base, file := "sys/fs/cgroup", "memory.max"
+		switch {
+		case parts[0] == "0" && parts[1] == "":
+		case strings.Contains(","+parts[1]+",", ",memory,"):
+			base, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+		default:
+			continue
+		}
+		for dir := filepath.Clean("/" + parts[2]); ; dir = filepath.Dir(dir) {
+			least = min(least, limitIn(filepath.Join(root, base, dir, file)))
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	return least
+}
+
+// limitIn reads a limit; "max" and a file that is not there are none.
+func limitIn(path string) Size {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return noLimit
+	}
+	n, err := strconv.ParseInt(string(bytes.TrimSpace(text)), 10, 64)
+	if err != nil || n <= 0 {
+		return noLimit
+	}
+	return min(Size(n), noLimit)
+}

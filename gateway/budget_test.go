@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"context"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
+)
+
+// TestPipeOfAStalledStreamIsTakenBack: a stream that nobody reads keeps no descriptors for longer than a moment, and no
+// byte of it is lost or comes twice.
+func TestPipeOfAStalledStreamIsTakenBack(t *testing.T) {
+	r := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp").rehearse(t, 0x70)
+	for i := 0; r.c.down.pipe == nil; i++ {
+		if i > 1000 {
+			t.Fatal("the stream is not spliced")
+		}
+		r.c.down.splice = !r.c.down.stuck() // as a stream is
+		r.backend.say(64 << 10)
+		r.goRound()
+	}
+	held := r.c.down.inPipe + len(r.c.down.out)
+	if r.loop.lent.piped != r.c.down.inPipe || r.loop.pipes.out != 1 {
+		t.Errorf("%d bytes are in a pipe, and %d are counted, in %d pipes", r.c.down.inPipe, r.loop.lent.piped, r.loop.pipes.out)
+	}
+	r.started = r.started.Add(-parkAfter - 2<<tickShift) // time passes
+	r.goRound()
+	if r.c.down.pipe != nil || r.loop.pipes.out != 0 || r.loop.lent.piped != 0 {
+		t.Errorf("it keeps its pipe: %d are out", r.loop.pipes.out)
+	}
+	if len(r.c.down.out) != held {
+		t.Errorf("%d bytes are kept, want %d", len(r.c.down.out), held)
+	}
+	r.end(t)
+	if r.loop.lent.out != 0 || r.loop.lent.piped != 0 {
+		t.Errorf("at the end %d bytes are lent, and %d in pipes", r.loop.lent.out, r.loop.lent.piped)
+	}
+}
+
+// TestPipesHaveABound: streams beyond it are copied, and complete.
+func TestPipesHaveABound(t *testing.T) {
+	s := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp")
+	s.loop.pipes.most = 1
+	first, second := s.rehearse(t, 0x70), s.rehearse(t, 0x70)
+	for range 100 {
+		for _, r := range []*rehearsal{first, second} {
+			r.backend.say(64 << 10)
+			r.goRound()
+		}
+	}
+	if s.loop.pipes.out > 1 {
+		t.Errorf("%d pipes are out", s.loop.pipes.out)
+	}
+	if !first.c.down.stuck() || !second.c.down.stuck() {
+		t.Error("they do not stand still")
+	}
+	first.end(t)
+	second.end(t)
+}
+
+// TestHalfARecordStaysWithTheKernel when memory is full, and is carried when its rest comes.
+func TestHalfARecordStaysWithTheKernel(t *testing.T) {
+	for kind := range byte(3) {
+		r := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp").rehearse(t, 0x70|kind+1)
+		r.loop.lent.share = 0
+		r.client.say(16384)
+		whole := r.client.sealed
+		for _, end := range []int{3, 100, 9000} {
+			r.client.sealed = whole[:end]
+			r.client.flush()
+			r.goRound()
+			whole = whole[end:]
+			if n := r.loop.lent.out; n > 512 {
+				t.Fatalf("%d bytes are kept of half a record", n)
+			}
+		}
+		r.client.sealed = whole
+		r.client.flush()
+		r.goRound()
+		r.backend.hear(t, 64<<10, r.client)
+		if r.backend.got != 16384 {
+			t.Errorf("%d bytes of 16384 arrived", r.backend.got)
+		}
+		r.end(t)
+	}
+}
+
+// TestMemoryHasABound: streams that nobody reads fill their part and little more; who reads is served all the same, who comes
+// is turned away by name, and when they have gone everything is back.
+func TestMemoryHasABound(t *testing.T) {
+	backend, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer backend.Close()
+	flood := make([]byte, 1<<20)
+	go func() {
+		for c, err := backend.Accept(); err == nil; c, err = backend.Accept() {
+			go func() {
+				defer c.Close()
+				for {
+					if _, err := c.Write(flood); err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	addr := "127.0.0.1:" + strconv.Itoa(testkit.Port(t))
+	g := configured(t, "MAP="+addr+" -> "+backend.Addr().String()+" mode=tcp", "LOOPS=1")
+	const share = 1 << 20
+	l := g.loops[0]
+	l.lent.share = share
+	if err := g.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		now, cancel := context.WithCancel(t.Context())
+		cancel()
+		g.Drain(now)
+	}()
+	dial := func() *net.TCPConn {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		_ = c.SetDeadline(time.Now().Add(time.Minute))
+		return c.(*net.TCPConn)
+	}
+	reader := dial()
+	read := func() {
+		t.Helper()
+		if _, err := io.CopyN(io.Discard, reader, 4<<20); err != nil {
+			t.Fatalf("who reads is not served: %v", err)
+		}
+	}
+	read()
+	var stalled []*net.TCPConn
+	refused := func() uint64 { return l.counters.refused[refusedMemory].Load() }
+	for len(stalled) < 400 && refused() == 0 {
+		c := dial()
+		_ = c.SetReadBuffer(4 << 10)
+		stalled = append(stalled, c)
+		time.Sleep(5 * time.Millisecond)
+	}
+	if refused() == 0 {
+		t.Fatalf("%d streams that nobody reads, and nobody was turned away; %d of %d bytes are used", len(stalled), g.Status().Memory.Used, share)
+	}
+	read()
+	read()
+	if used := g.Status().Memory.Used; used < share || used > share+int64(len(stalled))*leastPerConn {
+		t.Errorf("%d streams use %d bytes of %d", len(stalled), used, share)
+	}
+	for _, c := range stalled {
+		_ = c.Close()
+	}
+	_ = reader.Close()
+	for deadline := time.Now().Add(time.Minute); g.Status().Memory.Used != 0; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d bytes are used after all have gone", g.Status().Memory.Used)
+		}
+	}
+}
+
+// TestSizes: what operators write.
+func TestSizes(t *testing.T) {
+	for text, want := range map[string]Size{"512MB": 512 << 20, "4gb": 4 << 30, "16384KB": 16 << 20, "1 TB": 1 << 40, "7B": 7, "0MB": 0} {
+		var s Size
+		if err := s.UnmarshalText([]byte(text)); err != nil || s != want {
+			t.Errorf("%s is %d, %v; want %d", text, s, err, want)
+		}
+		var again Size
+		if err := again.UnmarshalText([]byte(s.String())); err != nil || again != s {
+			t.Errorf("%s is written as %s, which is %d, %v", text, s, again, err)
+		}
+	}
+	for _, text := range []string{"", "512", "MB", "-1MB", "1.5GB", "9999999999TB", "1XB", "9223372036854775807GB"} {
+		var s Size
+		if err := s.UnmarshalText([]byte(text)); err == nil {
+			t.Errorf("%q is taken for %d", text, s)
+		}
+	}
+	for _, value := range []string{"512", "1MB", "-5MB"} {
+		if _, err := ReadSettings([]string{Prefix + "MEMORY=" + value}); err == nil {
+			t.Errorf("MEMORY=%s is taken", value)
+		}
+	}
+}
+
+// TestDefaultMemory is half of the least that a cgroup, of either version and at any level, or the machine has.
+func TestDefaultMemory(t *testing.T) {
+	var machine unix.Sysinfo_t
+	if err := unix.Sysinfo(&machine); err != nil {
+		t.Fatal(err)
+	}
+	all := Size(machine.Totalram) * Size(machine.Unit)
+	for name, c := range map[string]struct {
+		files map[string]string
+		want  Size
+	}{
+		"nothing":             {nil, all / 2},
+		"version 2":           {map[string]string{"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "268435456\n"}, 128 << 20},
+		"above it":            {map[string]string{"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/memory.max": "134217728\n"}, 64 << 20},
+		"no limit":            {map[string]string{"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"}, all / 2},
+		"version 1":           {map[string]string{"proc/self/cgroup": "5:cpu:/x\n4:memory:/x\n", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "268435456\n"}, 128 << 20},
+		"version 1, no limit": {map[string]string{"proc/self/cgroup": "4:memory:/x\n", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "9223372036854771712\n"}, all / 2},
+		"of the container":    {map[string]string{"proc/self/cgroup": "4:memory:/docker/f00\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "268435456\n"}, 128 << 20},
+		"little":              {map[string]string{"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "4096\n"}, leastMemory},
+	} {
+		root := t.TempDir()
+		for path, text := range c.files {
+			_ = os.MkdirAll(filepath.Dir(filepath.Join(root, path)), 0o755)
+			if err := os.WriteFile(filepath.Join(root, path), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := defaultMemory(root); got != c.want {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
+	}
+}
