@@ -181,22 +181,20 @@ func serverOf(c *conn) *server {
 	return c.dial.server
 }
 
-func (l *loop) startEncryption(c *conn) {
+// startEncryption gives a place to the server that is next. It is taken when everything is there that can fail: a connection
+// that ends here does not know its server any more.
+func (l *loop) startEncryption() {
+	c := l.encryptQueue.next()
 	defer c.rescue()
-	begun := false
-	defer func() {
-		if !begun {
-			l.encryptQueue.leave(c, 1)
-		}
-	}()
 	hs, err := newEncrypter(c)
 	if err != nil {
+		l.encryptQueue.remove(c)
 		c.stage = c.unannounced(err)
 		c.advance()
 		return
 	}
+	l.encryptQueue.take()
 	c.stage = encrypting
-	begun = true
 	c.setDeadline(max(c.dial.share(c), int64(c.route.connect)/4)) // however long it has waited for its turn
 	l.active.Add(1)
 	c.dial.hs = hs

@@ -159,7 +159,7 @@ func (l *loop) startHandshakes() {
 	for l.turnFree() {
 		l.serverNext = !l.serverNext
 		if l.encryptionWaits() && (l.serverNext || !l.handshakeWaits()) {
-			l.startEncryption(l.encryptQueue.take())
+			l.startEncryption()
 		} else {
 			l.startHandshake()
 		}

@@ -89,6 +89,9 @@ func (t *turns[K, T]) unqueue(o *claimant[K, T], i int) {
 // fewest is how many places the owner has whose turn is next. Somebody waits.
 func (t *turns[K, T]) fewest() int { return t.ready.list[0].held }
 
+// next is whose turn it is. Somebody waits.
+func (t *turns[K, T]) next() T { return t.ready.list[0].waiting[0] }
+
 // take ends the wait of whoever is next, and gives them a place.
 func (t *turns[K, T]) take() T {
 	o := t.ready.list[0]

@@ -209,3 +209,22 @@ func TestDeliveryIsLookedAtSoon(t *testing.T) {
 		t.Errorf("40 ms after it has arrived: %v", c.stage)
 	}
 }
+
+// TestHeaderThatCannotBeWrittenTakesNoPlace: a connection that ends before its handshake with a server has begun leaves the queue
+// and takes no place.
+func TestHeaderThatCannotBeWrittenTakesNoPlace(t *testing.T) {
+	s := newStill(t, ":1 -> tls://127.0.0.1:2 mode=tcp proxy=v2 backend-verify=off")
+	c, client := s.accept(t)
+	defer unix.Close(client)
+	c.enter(s.listener.rules.plain)
+	c.dial = &dialling{backend: c.route.backends[0], server: newServer(netip.MustParseAddrPort("127.0.0.1:2"), ""), choices: c.route.choices.Load()}
+	c.dial.rival = socket{fd: -1, owner: c}
+	c.report.target = netip.MustParseAddrPort("127.0.0.1:1")
+	c.report.sni = string(make([]byte, 1<<17)) // no header has room for it
+	c.stage = waitingEncryption
+	s.encryptQueue.push(c)
+	s.startHandshakes()
+	if n, held := s.encryptQueue.n.Load(), s.encryptQueue.held.Load(); c.stage != over || n != 0 || held != 0 || len(s.encryptQueue.owners) != 0 {
+		t.Errorf("at %v: %d wait, and %d places are taken", c.stage, n, held)
+	}
+}
