@@ -641,7 +641,7 @@ var (
 		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on", "starttls": "off",
 		"balance": "round-robin", "max-conns": "none", "queue": "off", "retries": strconv.Itoa(natmap.DefaultRetries), "eject": strconv.Itoa(natmap.DefaultEject),
 		"check": "off", "every": natmap.DefaultEvery.String(), "rise": strconv.Itoa(natmap.DefaultRise), "fall": strconv.Itoa(natmap.DefaultFall),
-		"slow-start": "off", "on-down": "keep", "resolve-to": "network", "source": "off", "keepalive": "2m", "user-timeout": "the system's", "dscp": "the system's",
+		"slow-start": "off", "on-down": "keep", "resolve-to": "network", "truncation": "fin from clients, reset from backends", "source": "off", "keepalive": "2m", "user-timeout": "the system's", "dscp": "the system's",
 		"mptcp": "off", "fastopen": "off",
 		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off",
 		"forward-tlvs": "off", "log-tlvs": "off"}

@@ -30,6 +30,7 @@ var behaviours = map[string]string{
 	"alpn":           "TestALPNIsAgreedOn",
 	"cert":           "TestClientWithoutAName",
 	"ktls":           "TestKTLSOffIsOff",
+	"truncation":     "TestTruncationOption",
 	"https-port":     "TestRedirectToHTTPS",
 	"backend-ca":     "TestBackendIsVerified",
 	"backend-name":   "TestBackendIsVerified",
