@@ -165,7 +165,7 @@ func TestFailoverOverTheNetwork(t *testing.T) {
 	doomed := n.launchBackend(t, "a", a)
 	n.launchBackend(t, "b", b)
 	const admin = "ADMIN=127.0.0.1:9180" // on a machine of its own no port is taken
-	cmd, ports := edgeCommand(t, ":{0} -> "+a+" "+b+" mode=tcp slow-start=4s", []string{admin}, "ip", "netns", "exec", n.edge)
+	cmd, ports := edgeCommand(t, ":{0} -> "+a+" "+b+" mode=tcp slow-start=4s", []string{admin, adminToken}, "ip", "netns", "exec", n.edge)
 	e := startEdge(t, cmd, ports)
 	at := fmt.Sprintf("10.77.1.1:%d", e.ports[0])
 	f := n.traffic(t, at)
@@ -274,6 +274,9 @@ func (n *network) hold(t testing.TB, at string, k int) (all []net.Conn, names st
 }
 
 // tell runs the program's command on the edge's machine, and returns what it says.
+// adminToken has commands give orders over TCP: they do not share the gateway's directories.
+const adminToken = "ADMIN_TOKEN=a-token-of-the-tests"
+
 func (n *network) tell(t testing.TB, admin string, words ...string) string {
 	t.Helper()
 	path, err := buildEdge()
@@ -281,7 +284,7 @@ func (n *network) tell(t testing.TB, admin string, words ...string) string {
 		t.Fatal(err)
 	}
 	cmd := command(t, program(t, "ip", "iproute2"), append([]string{"netns", "exec", n.edge, path}, words...)...)
-	cmd.Env = []string{gateway.Prefix + admin, "HOME=" + t.TempDir()}
+	cmd.Env = []string{gateway.Prefix + admin, gateway.Prefix + adminToken, "HOME=" + t.TempDir()}
 	return run(t, cmd, "")
 }
 

@@ -206,7 +206,7 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		return
 	}
 	c.gen.open.Add(1)
-	if l.gw.open.Add(1) > l.gw.maxConns.Load() && !l.makeRoom() {
+	if l.gw.open.Add(1) > l.gw.maxConns.Load() && !l.makeRoom(c) {
 		l.gw.open.Add(-1)
 		l.turnAway(c, refusedMaxConns)
 		return
@@ -263,19 +263,29 @@ func (l *loop) arriving(a arrival) *conn {
 	return nil
 }
 
+// leastArrival is how long a client has for its hello, however many come: a round trip of a slow network. Else whoever
+// connects would end those who are about to speak.
+const leastArrival = int64(250 * time.Millisecond)
+
 // makeRoom ends a connection that is no session yet, when TLSNAT_MAX_CONNS are open: the handshake that is silent for longest,
-// else a hello that waits, else whoever has not said hello for longest. Silence must not shut out those who speak.
-func (l *loop) makeRoom() bool {
-	if c := l.longestSilent(); c != nil {
+// else a hello that waits, else whoever has not said hello for longest. Silence must not shut out those who speak. Nor must
+// newcomers shut out those who are at it: so a client goes only if it has had its time, or if its source has more handshakes
+// than the newcomer's would have.
+func (l *loop) makeRoom(newcomer *conn) bool {
+	theirs := l.queue.holds(newcomer) + 1
+	if c := l.longestSilent(); c != nil && (l.now-c.hs.begun >= leastPatience || l.queue.holds(c) > theirs) {
 		c.giveUpSilent()
 		return true
 	}
-	if l.queue.n.Load() > 0 {
+	if c, many := l.queue.longest(); many > theirs || many > 0 && l.now-c.active >= leastPatience {
 		l.dropHello(refusedMaxConns)
 		return true
 	}
 	for len(l.arrivals) > 0 {
 		c := l.arriving(l.arrivals[0])
+		if c != nil && l.now-c.report.accepted < leastArrival {
+			return false
+		}
 		l.arrivals = deleteAt(l.arrivals, 0)
 		if c != nil {
 			c.shut(refusedMaxConns)

@@ -172,18 +172,19 @@ func TestLargeHellosTakeMorePlaces(t *testing.T) {
 func TestSilenceMakesRoom(t *testing.T) {
 	const limit = 8
 	hello := clientHello(t, nil)
-	for name, say := range map[string]func(*testing.T, net.Conn){
-		"nothing":      func(*testing.T, net.Conn) {},
-		"half a hello": func(t *testing.T, c net.Conn) { _, _ = c.Write(hello[:len(hello)/2]) },
-		"a hello":      func(t *testing.T, c net.Conn) { silent(t, c, hello) },
-	} {
+	for name, words := range map[string][]byte{"nothing": nil, "half a hello": hello[:len(hello)/2], "a hello": hello} {
 		t.Run(name, func(t *testing.T) {
 			b := start(t, ":{0} edge.test -> "+echoServer(t), fmt.Sprintf("MAX_CONNS=%d", limit), "LOOPS=1")
 			session := b.dialTLS(t, 0, nil)
 			exchange(t, session, []byte("a session"))
-			for i := range 10 * limit {
-				say(t, dialFrom(t, "127.0.3.66", b.addr(0)))
-				if i%limit == 0 {
+			for i := range 3 * limit {
+				d := net.Dialer{Timeout: patience, LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 3, 66)}}
+				if c, err := d.Dial("tcp", b.addr(0)); err == nil { // when there is no room it is turned away
+					t.Cleanup(func() { _ = c.Close() })
+					_, _ = c.Write(words)
+				}
+				if i%limit == limit-1 {
+					time.Sleep(300 * time.Millisecond) // they have had their time
 					c := tls.Client(dialFrom(t, "127.0.4.1", b.addr(0)), clientConfig(t, nil))
 					exchange(t, c, []byte("served"))
 					_ = c.Close()

@@ -129,6 +129,23 @@ func (t *turns[K, T]) drop() T {
 	return x
 }
 
+// longest is the oldest of the longest queue, and how long that is; 0 if nobody waits.
+func (t *turns[K, T]) longest() (x T, n int) {
+	if len(t.queues.list) == 0 {
+		return x, 0
+	}
+	waiting := t.queues.list[0].waiting
+	return waiting[0], len(waiting)
+}
+
+// holds is how many places the owner of x has.
+func (t *turns[K, T]) holds(x T) int {
+	if o := t.owners[t.ownerOf(x)]; o != nil {
+		return o.held
+	}
+	return 0
+}
+
 // richest are those who have the places of the owner with the most of them, the oldest first.
 func (t *turns[K, T]) richest() []T {
 	if len(t.holders.list) == 0 {
