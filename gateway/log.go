@@ -31,9 +31,10 @@ func newLogger(s *Settings, out *lineBuffer) *zap.Logger {
 }
 
 const (
-	// What a field of a line may have: a name has 253 bytes (RFC 1035, section 2.3.4), an error names two or three of them.
-	// Without a bound one client's lines would push everybody else's out of the buffer.
-	maxField = 512
+	// What a field of a line may have: a name has 253 bytes (RFC 1035, section 2.3.4), an error names two or three of them,
+	// and what is kept of a load balancer's TLVs has twice tlvLimit in hexadecimal. Without a bound one client's lines would
+	// push everybody else's out of the buffer.
+	maxField = 2 * tlvLimit
 	// A message is our own text, and may have a path and a line of the map in it.
 	maxMessage = 4096
 )

@@ -104,7 +104,9 @@ func stalledReaders(s *stage) error {
 		defer c.Close()
 		_ = c.(*net.TCPConn).SetReadBuffer(4096)
 	}
-	time.Sleep(2 * time.Second)
+	if err := e.quiet(); err != nil { // once nobody takes anything any more
+		return err
+	}
 	if strings.Contains(e.said(), "too many open files") {
 		return errors.New("it ran out of descriptors: " + tail(e.said()))
 	}
