@@ -25,8 +25,8 @@ var update = flag.Bool("update", false, "write the README's examples of the API,
 
 const readme = "../../README.md"
 
-// example is a request in the README and what is answered.
-var example = regexp.MustCompile("(?m)^\\$ curl (-X POST )?'?http://127\\.0\\.0\\.1:9180/api/v1/([a-z/]*)(\\?[^\\s']*)?'?\n((?:[^$`].*\n)+)")
+// example is a request in the README and what is answered: a question over TCP, or an order by the socket.
+var example = regexp.MustCompile("(?m)^\\$ curl (?:--unix-socket /run/tlsnat/admin\\.sock (-X POST) )?'?http://(?:127\\.0\\.0\\.1:9180|localhost)/api/v1/([a-z/]*)(\\?[^\\s']*)?'?\n((?:[^$`].*\n)+)")
 
 // shown is a gateway that has something of everything to show.
 func shown(t *testing.T) *bed {
