@@ -115,6 +115,27 @@
 	VPANDQ   Z29, A1, A1        \
 	VPANDQ   Z29, A2, A2
 
+// CLEAR leaves no digit behind, of a prime or of what is made of one: neither for what runs next, nor in the memory that
+// registers are saved to when threads switch. VZEROALL knows the first 16 registers only.
+#define CLEAR \
+	VZEROALL; \
+	VPXORQ Z16, Z16, Z16; \
+	VPXORQ Z17, Z17, Z17; \
+	VPXORQ Z18, Z18, Z18; \
+	VPXORQ Z19, Z19, Z19; \
+	VPXORQ Z20, Z20, Z20; \
+	VPXORQ Z21, Z21, Z21; \
+	VPXORQ Z22, Z22, Z22; \
+	VPXORQ Z23, Z23, Z23; \
+	VPXORQ Z24, Z24, Z24; \
+	VPXORQ Z25, Z25, Z25; \
+	VPXORQ Z26, Z26, Z26; \
+	VPXORQ Z27, Z27, Z27; \
+	VPXORQ Z28, Z28, Z28; \
+	VPXORQ Z29, Z29, Z29; \
+	VPXORQ Z30, Z30, Z30; \
+	VPXORQ Z31, Z31, Z31
+
 // func multiply(result, a, b *pair, m *moduli)
 TEXT ·multiply(SB), NOSPLIT, $0-32
 	MOVQ         result+0(FP), DI
@@ -178,7 +199,18 @@ digit:
 	VMOVDQU64  Z3, 192(DI)
 	VMOVDQU64  Z4, 256(DI)
 	VMOVDQU64  Z5, 320(DI)
-	VZEROUPPER
+	CLEAR
+	KXORW      K1, K1, K1
+	KXORW      K2, K2, K2
+	KXORW      K3, K3, K3
+	KXORW      K4, K4, K4
+	KXORW      K5, K5, K5
+	KXORW      K6, K6, K6
+	KXORW      K7, K7, K7
+	XORL       R8, R8
+	XORL       R9, R9
+	XORL       R10, R10
+	XORL       R11, R11
 	RET
 
 // func choose(result *pair, table *[window]pair, first, second uint64)
@@ -219,5 +251,7 @@ entry:
 	VMOVDQU64 Z3, 192(DI)
 	VMOVDQU64 Z4, 256(DI)
 	VMOVDQU64 Z5, 320(DI)
-	VZEROUPPER
+	VZEROALL
+	KXORW     K1, K1, K1
+	KXORW     K2, K2, K2
 	RET

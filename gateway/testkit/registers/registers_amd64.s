@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "go_asm.h"
+#include "textflag.h"
+
+// func Fill()
+TEXT ·Fill(SB), NOSPLIT, $0-0
+	MOVQ         $const_filling, R8
+	MOVQ         R8, R9
+	MOVQ         R8, R10
+	MOVQ         R8, R11
+	VPBROADCASTQ R8, Z0
+	VPBROADCASTQ R8, Z1
+	VPBROADCASTQ R8, Z2
+	VPBROADCASTQ R8, Z3
+	VPBROADCASTQ R8, Z4
+	VPBROADCASTQ R8, Z5
+	VPBROADCASTQ R8, Z6
+	VPBROADCASTQ R8, Z7
+	VPBROADCASTQ R8, Z8
+	VPBROADCASTQ R8, Z9
+	VPBROADCASTQ R8, Z10
+	VPBROADCASTQ R8, Z11
+	VPBROADCASTQ R8, Z12
+	VPBROADCASTQ R8, Z13
+	VPBROADCASTQ R8, Z14
+	VPBROADCASTQ R8, Z15
+	VPBROADCASTQ R8, Z16
+	VPBROADCASTQ R8, Z17
+	VPBROADCASTQ R8, Z18
+	VPBROADCASTQ R8, Z19
+	VPBROADCASTQ R8, Z20
+	VPBROADCASTQ R8, Z21
+	VPBROADCASTQ R8, Z22
+	VPBROADCASTQ R8, Z23
+	VPBROADCASTQ R8, Z24
+	VPBROADCASTQ R8, Z25
+	VPBROADCASTQ R8, Z26
+	VPBROADCASTQ R8, Z27
+	VPBROADCASTQ R8, Z28
+	VPBROADCASTQ R8, Z29
+	VPBROADCASTQ R8, Z30
+	VPBROADCASTQ R8, Z31
+	KMOVQ        R8, K0
+	KMOVQ        R8, K1
+	KMOVQ        R8, K2
+	KMOVQ        R8, K3
+	KMOVQ        R8, K4
+	KMOVQ        R8, K5
+	KMOVQ        R8, K6
+	KMOVQ        R8, K7
+	RET
+
+// func Read(s *State)
+TEXT ·Read(SB), NOSPLIT, $0-8
+	MOVQ      s+0(FP), AX
+	VMOVDQU64 Z0, (State_Vector+0)(AX)
+	VMOVDQU64 Z1, (State_Vector+64)(AX)
+	VMOVDQU64 Z2, (State_Vector+128)(AX)
+	VMOVDQU64 Z3, (State_Vector+192)(AX)
+	VMOVDQU64 Z4, (State_Vector+256)(AX)
+	VMOVDQU64 Z5, (State_Vector+320)(AX)
+	VMOVDQU64 Z6, (State_Vector+384)(AX)
+	VMOVDQU64 Z7, (State_Vector+448)(AX)
+	VMOVDQU64 Z8, (State_Vector+512)(AX)
+	VMOVDQU64 Z9, (State_Vector+576)(AX)
+	VMOVDQU64 Z10, (State_Vector+640)(AX)
+	VMOVDQU64 Z11, (State_Vector+704)(AX)
+	VMOVDQU64 Z12, (State_Vector+768)(AX)
+	VMOVDQU64 Z13, (State_Vector+832)(AX)
+	VMOVDQU64 Z14, (State_Vector+896)(AX)
+	VMOVDQU64 Z15, (State_Vector+960)(AX)
+	VMOVDQU64 Z16, (State_Vector+1024)(AX)
+	VMOVDQU64 Z17, (State_Vector+1088)(AX)
+	VMOVDQU64 Z18, (State_Vector+1152)(AX)
+	VMOVDQU64 Z19, (State_Vector+1216)(AX)
+	VMOVDQU64 Z20, (State_Vector+1280)(AX)
+	VMOVDQU64 Z21, (State_Vector+1344)(AX)
+	VMOVDQU64 Z22, (State_Vector+1408)(AX)
+	VMOVDQU64 Z23, (State_Vector+1472)(AX)
+	VMOVDQU64 Z24, (State_Vector+1536)(AX)
+	VMOVDQU64 Z25, (State_Vector+1600)(AX)
+	VMOVDQU64 Z26, (State_Vector+1664)(AX)
+	VMOVDQU64 Z27, (State_Vector+1728)(AX)
+	VMOVDQU64 Z28, (State_Vector+1792)(AX)
+	VMOVDQU64 Z29, (State_Vector+1856)(AX)
+	VMOVDQU64 Z30, (State_Vector+1920)(AX)
+	VMOVDQU64 Z31, (State_Vector+1984)(AX)
+	KMOVQ     K0, (State_Mask+0)(AX)
+	KMOVQ     K1, (State_Mask+8)(AX)
+	KMOVQ     K2, (State_Mask+16)(AX)
+	KMOVQ     K3, (State_Mask+24)(AX)
+	KMOVQ     K4, (State_Mask+32)(AX)
+	KMOVQ     K5, (State_Mask+40)(AX)
+	KMOVQ     K6, (State_Mask+48)(AX)
+	KMOVQ     K7, (State_Mask+56)(AX)
+	MOVQ      R8, (State_General+0)(AX)
+	MOVQ      R9, (State_General+8)(AX)
+	MOVQ      R10, (State_General+16)(AX)
+	MOVQ      R11, (State_General+24)(AX)
+	VZEROUPPER
+	RET
