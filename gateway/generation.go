@@ -138,7 +138,7 @@ func (s *Settings) minTLS() uint16 {
 func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 	p := gen.config.Map.Port(addr, port)
 	rules := &portRules{rules: p, routes: gen.routes}
-	if p != nil && !p.Sniff() {
+	if p != nil && p.Plain != nil {
 		rules.plain = gen.routes[p.Plain]
 	}
 	rules.gate = gen.gates.at(endpoint{addr, port}, rules.plain)

@@ -253,10 +253,10 @@ func (l *loop) noteArrival(s *socket) {
 	l.arrivals = append(l.arrivals, arrival{s.slot, s.gen})
 }
 
-// arriving is the connection of an arrival, as long as its hello is not there.
+// arriving is the connection of an arrival, as long as its hello, or its request, is not there.
 func (l *loop) arriving(a arrival) *conn {
 	if s := l.socks.at(int32(a.slot), a.gen); s != nil {
-		if c, ok := s.owner.(*conn); ok && c.stage <= readingHello && s == &c.client {
+		if c, ok := s.owner.(*conn); ok && c.undecided() && s == &c.client {
 			return c
 		}
 	}
@@ -266,6 +266,9 @@ func (l *loop) arriving(a arrival) *conn {
 // leastArrival is how long a client has for its hello, however many come: a round trip of a slow network. Else whoever
 // connects would end those who are about to speak.
 const leastArrival = int64(250 * time.Millisecond)
+
+// undecided says whether the client has not said yet what it wants.
+func (c *conn) undecided() bool { return c.stage <= readingHello || c.stage == readingRequest }
 
 // makeRoom ends a connection that is no session yet, when TLSNAT_MAX_CONNS are open: the handshake that is silent for longest,
 // else a hello that waits, else whoever has not said hello for longest. Silence must not shut out those who speak. Nor must

@@ -17,7 +17,7 @@ import (
 // requestLimit bounds the head of a request that is only going to be redirected.
 const requestLimit = 16 << 10
 
-// readRequest answers plain HTTP with 308 to the same place over https.
+// readRequest answers plain HTTP with 308 to the same place over https. Where rules have names there is none yet.
 func (c *conn) readRequest() stage {
 	for {
 		b, ended, errno := c.gather(requestLimit)
@@ -46,6 +46,11 @@ func (c *conn) redirect(head []byte) stage {
 		c.tell(BadHello, "not an HTTP request that can be redirected: "+err.Error())
 		return c.answerAndLinger(httpAnswer(http.StatusBadRequest, "", req.headOnly))
 	}
+	if c.route == nil {
+		if next, ok := c.matchHost(&req); !ok {
+			return next
+		}
+	}
 	host := req.host
 	if port := c.route.rule.Options.HTTPSPort; port != 0 && port != 443 {
 		host += ":" + strconv.Itoa(int(port))
@@ -54,11 +59,30 @@ func (c *conn) redirect(head []byte) stage {
 	return c.answerAndLinger(httpAnswer(http.StatusPermanentRedirect, "https://"+host+req.target, req.headOnly))
 }
 
+// matchHost finds the rule for the Host header, on a port whose redirects have names, and says whether its gate lets the
+// client through. A host that none is for gets 421 (RFC 9110, section 15.5.20): it is the one status that says "this host is
+// not served here, whatever the path", which 404 would leave open, and there is nothing in it that leads anywhere.
+func (c *conn) matchHost(req *request) (next stage, ok bool) {
+	r := c.port.match(req.name, nil)
+	if r == nil {
+		c.tell(UnknownName, "no redirect on this port is for the host "+req.host)
+		return c.answerAndLinger(httpAnswer(http.StatusMisdirectedRequest, "", req.headOnly)), false
+	}
+	c.enter(r)
+	if r.gate != nil {
+		if why := c.passGate(); why != notRefused {
+			return c.shut(why), false
+		}
+	}
+	return readingRequest, true
+}
+
 // request is what a redirect needs of one.
 type request struct {
 	headOnly bool   // the method is HEAD: the answer has no body (RFC 9110, section 9.3.2)
 	target   string // path and query, with nothing in them that a Location may not have
 	host     string // of the Host header, without its port; an IPv6 address in brackets
+	name     string // the host, unless it is an address, which counts as no name as in a ClientHello
 }
 
 // readHead reads a request's head, strictly: what two parsers can read in two ways is refused, since the one that follows
@@ -90,7 +114,7 @@ func readHead(head []byte) (req request, err error) {
 		if hosts++; hosts > 1 {
 			return req, errors.New("there are two Host headers")
 		}
-		if req.host, err = hostOnly(strings.Trim(value, " \t")); err != nil {
+		if req.host, req.name, err = hostOnly(strings.Trim(value, " \t")); err != nil {
 			return req, err
 		}
 	}
@@ -140,31 +164,31 @@ func isPercent(s string) bool {
 
 var errHost = errors.New("the Host header has no host name or address that may stand in a Location")
 
-// hostOnly is the host of a Host header without its port: a name that a client can ask for under TLS, or an address.
-func hostOnly(value string) (string, error) {
+// hostOnly is the host of a Host header without its port: a name that a client can ask for under TLS, or an address, which
+// is no name.
+func hostOnly(value string) (host, name string, err error) {
 	host, port := value, ""
 	if i := strings.LastIndexByte(value, ':'); i > strings.LastIndexByte(value, ']') {
 		host, port = value[:i], value[i+1:]
 	}
 	if _, err := strconv.ParseUint("0"+port, 10, 16); err != nil {
-		return "", errHost
+		return "", "", errHost
 	}
 	inner, bracketed := strings.CutPrefix(host, "[")
 	if bracketed {
 		inner, bracketed = strings.CutSuffix(inner, "]")
 		if a, err := netip.ParseAddr(inner); !bracketed || err != nil || !a.Is6() || a.Zone() != "" {
-			return "", errHost
+			return "", "", errHost
 		}
-		return host, nil
+		return host, "", nil
 	}
 	if a, err := netip.ParseAddr(host); err == nil && a.Is4() {
-		return host, nil
+		return host, "", nil
 	}
-	name, err := sni.HostName(host)
-	if err != nil || name == "" {
-		return "", errHost
+	if name, err = sni.HostName(host); err != nil || name == "" {
+		return "", "", errHost
 	}
-	return name, nil
+	return name, name, nil
 }
 
 // httpAnswer is a whole response without a body worth reading.

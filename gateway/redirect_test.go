@@ -112,6 +112,81 @@ func TestRedirectLeadsToTheHostThatWasAsked(t *testing.T) {
 	}
 }
 
+// TestRedirectsWithNames lead the hosts that they are for, as names of a ClientHello are looked up, and nobody else anywhere.
+func TestRedirectsWithNames(t *testing.T) {
+	b := start(t, ":{0} good.example *.shop.example bücher.example -> redirect\n:{0} *.a.shop.example -> redirect https-port=8443\n"+
+		":{1} good.example -> redirect https-port=444\n:{1} -> redirect\n:{0} closed.example -> redirect deny=127.0.0.0/8")
+	const ok, unknown, bad = "308 Permanent Redirect", "421 Misdirected Request", "400 Bad Request"
+	for _, c := range []struct {
+		port                   int
+		host, status, location string
+	}{
+		{0, "good.example", ok, "good.example"},
+		{0, "GOOD.Example.:80", ok, "good.example"},
+		{0, "www.shop.example", ok, "www.shop.example"},
+		{0, "x.y.shop.example", ok, "x.y.shop.example"},
+		{0, "x.a.shop.example", ok, "x.a.shop.example:8443"},
+		{0, "xn--bcher-kva.example", ok, "xn--bcher-kva.example"},
+		{0, "shop.example", unknown, ""},
+		{0, "evil.example", unknown, ""},
+		{0, "good.example.evil.example", unknown, ""},
+		{0, "xgood.example", unknown, ""},
+		{0, "127.0.0.1", unknown, ""},
+		{0, "[::1]:80", unknown, ""},
+		{0, "good.example@evil.example", bad, ""},
+		{0, "", bad, ""},
+		{1, "good.example", ok, "good.example:444"},
+		{1, "evil.example", ok, "evil.example"},
+		{1, "127.0.0.1", ok, "127.0.0.1"},
+	} {
+		for _, method := range []string{"GET", "HEAD"} {
+			conn := b.dial(t, c.port)
+			_, _ = io.WriteString(conn, method+" /x HTTP/1.1\r\nHost: "+c.host+"\r\n\r\n")
+			answer, err := io.ReadAll(conn)
+			if err != nil {
+				t.Fatalf("%s: %v", c.host, err)
+			}
+			head, body, _ := strings.Cut(string(answer), "\r\n\r\n")
+			want := "HTTP/1.1 " + c.status + "\r\n"
+			if c.location != "" {
+				want += "Location: https://" + c.location + "/x\r\n"
+			}
+			if !strings.HasPrefix(head, want) || strings.Contains(head, "Location") != (c.location != "") || (body == "") != (method == "HEAD") {
+				t.Errorf("port %d, %s %q: answer %q, want %q", c.port, method, c.host, answer, want)
+			}
+			_ = conn.Close()
+			outcome := map[string]string{ok: "ok", unknown: "unknown_name", bad: "bad_hello"}[c.status]
+			if l := b.lineOf(t, conn); l.Outcome != outcome || (l.Rule != "") != (c.status == ok || c.port == 1) || outcome == "unknown_name" && !strings.Contains(l.Error, strings.ToLower(strings.TrimSuffix(c.host, ":80"))) {
+				t.Errorf("%q: line: %s", c.host, l)
+			}
+		}
+	}
+	conn := b.dial(t, 0)
+	_, _ = io.WriteString(conn, "GET / HTTP/1.1\r\nHost: closed.example\r\n\r\n")
+	if answer, err := io.ReadAll(conn); len(answer) > 0 || err == nil {
+		t.Errorf("a rule that denies the client answers %q, %v", answer, err)
+	}
+	if l := b.lineOf(t, conn); l.Outcome != "denied" || l.Refused != "address" || l.Rule == "" {
+		t.Errorf("line: %s", l)
+	}
+}
+
+// TestHalfARequestMakesRoom: who has not finished a request gives way when TLSNAT_MAX_CONNS are open, as half a hello does.
+func TestHalfARequestMakesRoom(t *testing.T) {
+	for _, rule := range []string{":{0} -> redirect", ":{0} good.example -> redirect"} {
+		b := start(t, rule, "MAX_CONNS=4", "LOOPS=1")
+		for range 12 {
+			c := dialFrom(t, "127.0.3.66", b.addr(0))
+			_, _ = io.WriteString(c, "GET / HT")
+		}
+		c := b.dial(t, 0)
+		_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: good.example\r\n\r\n")
+		if answer, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 308 ") {
+			t.Errorf("%s: %q, %v", rule, answer, err)
+		}
+	}
+}
+
 // TestHeadGetsNoBody (RFC 9110, section 9.3.2), from a redirect and from the hint on a TLS port.
 func TestHeadGetsNoBody(t *testing.T) {
 	b := start(t, ":{0} -> redirect\n:{1} edge.test -> 127.0.0.1:1")

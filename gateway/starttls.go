@@ -52,6 +52,9 @@ func (p *portRules) begins(gen *generation) {
 	p.first = readingHello
 	p.eager = p.plain != nil
 	p.host = machineName()
+	if p.rules != nil && p.rules.ByHost {
+		p.first = readingRequest
+	}
 	if p.rules == nil || p.rules.StartTLS == natmap.StartTLSOff {
 		return
 	}

@@ -147,7 +147,7 @@ func (c *conn) due() {
 	case c.busy:
 		c.setDeadline(0) // it has something to do, and is waiting for its turn
 	case c.spared():
-	case c.stage <= readingHello, c.stage == readingRequest:
+	case c.undecided():
 		c.finish(HelloTimeout, fmt.Sprintf("only %d bytes of it came within %sHELLO_TIMEOUT", len(c.pending), Prefix))
 	case c.stage == waitingTurn:
 		l.queue.remove(c)

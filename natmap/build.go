@@ -156,7 +156,8 @@ func overlap(a, b *Rule) string {
 }
 
 // checkPlain complains about a rule that reads no ClientHello and shares a port with
-// rules for names. Two rules without names already clash.
+// rules that do. Two rules without names already clash, and redirects share ports
+// with each other.
 func (p *parser) checkPlain(rules []*Rule, blamed map[Pos]bool) {
 	var plain []*Rule
 	for _, r := range rules {
@@ -171,7 +172,7 @@ func (p *parser) checkPlain(rules []*Rule, blamed map[Pos]bool) {
 	count := make([]int, len(plain))
 	for _, r := range rules {
 		i, _ := slices.BinarySearchFunc(plain, r.Listen.Lo, func(a *Rule, lo uint16) int { return int(a.Listen.Hi) - int(lo) })
-		if r.Name == "" && r.Protocol == "" || i == len(plain) || plain[i].Listen.Lo > r.Listen.Hi {
+		if i == len(plain) || plain[i].Listen.Lo > r.Listen.Hi || !apart(plain[i], r) {
 			continue
 		}
 		if count[i]++; count[i] == 1 || r.order < first[i].order {
@@ -185,14 +186,25 @@ func (p *parser) checkPlain(rules []*Rule, blamed map[Pos]bool) {
 	}
 }
 
+// apart reports whether a rule has to be on another port than plain, one that reads no
+// ClientHello.
+func apart(plain, r *Rule) bool {
+	clash := plain.Name == "" && r.Name == "" && r.Protocol == ""
+	return !clash && !(plain.Action == Redirect && r.Action == Redirect)
+}
+
 func notAlone(plain, old, dup *Rule, n int) (msg, hint string) {
-	what, hint := "redirect", "listen on another port"
-	if plain.Action == Forward {
-		what, hint = "mode=tcp", "listen on another port, or write mode=pass there"
-	}
+	what, hint := "mode=tcp", "listen on another port, or write mode=pass there"
 	more := ""
 	if n > 1 {
 		more = " and " + plural(n-1, "other rule")
+	}
+	if plain.Action == Redirect {
+		if plain == dup {
+			return fmt.Sprintf("redirect answers plain HTTP, but %s is shared with the rule at %s%s, which does not", overlap(old, dup), old.Pos, more),
+				"give it a port of its own"
+		}
+		return fmt.Sprintf("%s is on %s, where the rule at %s answers plain HTTP (redirect)", quote(claim(dup)), overlap(old, dup), old.Pos), "listen on another port"
 	}
 	if plain == dup {
 		return fmt.Sprintf("%s reads no name, but %s is shared with the rule at %s%s, which needs one", what, overlap(old, dup), old.Pos, more),

@@ -26,8 +26,9 @@
 // with alpn: serves only clients that offer the protocol, and beats every rule without.
 //
 // On one address, a port, a protocol and a name belong to one rule; a range may hold another but
-// not cross it; and a rule that reads no ClientHello (mode=tcp, redirect) is alone on
-// its ports. Such a rule for one address hides the rules for every address there, and
+// not cross it; and a rule that reads no ClientHello (mode=tcp, redirect) shares its
+// ports with none that does. Only redirects share them with each other: their names
+// are those of the Host header. Such a rule for one address hides the rules for every address there, and
 // is not seen where the address has rules of its own. The same holds for rules that
 // differ in starttls=, on which the rules of a port have to agree.
 //
@@ -129,8 +130,9 @@ func (r *Rule) append(b []byte) []byte {
 	return b
 }
 
-// Plain reports whether the rule answers before it reads a ClientHello: mode=tcp
-// and redirect. Such a rule has no name and is alone on its address and port.
+// Plain reports whether the rule reads no ClientHello: mode=tcp and redirect. The
+// first has no name and is alone on its address and port; redirects may have names,
+// and share ports with each other.
 func (r *Rule) Plain() bool {
 	return r.Action == Redirect || r.Action == Forward && r.Options.Mode == TCP
 }

@@ -555,8 +555,8 @@ func (p *parser) checkMode(d *draft, mode *assignment) {
 		says += " (set at " + mode.setting.Pos.String() + ")"
 	}
 	switch {
-	case d.Action == Redirect && len(d.left) > 1:
-		p.fault(d.left[1], "redirect answers plain HTTP, which begins without a name", "write "+d.left[0].text+" -> redirect")
+	case d.Action == Redirect && d.alpn > 0:
+		p.fault(d.left[1], "redirect answers plain HTTP, in which the client offers no protocol", "remove "+clip(d.left[1].text))
 	case d.Action != Forward:
 	case d.Options.Mode == TCP && d.alpn > 0:
 		p.fault(d.left[1], says+" reads nothing, so it cannot tell protocols apart", "remove the protocol, or write mode=pass")

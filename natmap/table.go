@@ -14,8 +14,12 @@ import (
 // A Port is what one listening port serves. It is immutable and safe for
 // concurrent use.
 type Port struct {
-	// Plain is the rule of a port that reads no ClientHello, nil on any other.
+	// Plain is the rule of a port that serves it whatever the client says, nil on any
+	// other: mode=tcp, or a redirect where none has a name.
 	Plain *Rule
+	// ByHost is set on a port of redirects of which some have names: what is looked up
+	// is the name of the Host header.
+	ByHost bool
 	// StartTLS is what the port speaks before TLS, the same for all its rules.
 	StartTLS StartTLS
 
@@ -30,7 +34,7 @@ type Port struct {
 }
 
 // Sniff reports whether the port reads a ClientHello before it decides.
-func (p *Port) Sniff() bool { return p.Plain == nil }
+func (p *Port) Sniff() bool { return p.Plain == nil && !p.ByHost }
 
 // routing is what a port serves to clients that offer a protocol.
 type routing struct {
@@ -231,6 +235,9 @@ type table struct {
 	// alpn has the rules for clients that offer a protocol, which are not in slots.
 	alpn     map[string]*table
 	preludes []prelude // nil when every port begins with TLS
+	// redirects is set when the rules are redirects: those of one island all are, or
+	// none is. named is set when some of these have names.
+	redirects, named bool
 }
 
 // A slot is one name. Two of them fill a cache line, so that a name is found with
@@ -272,6 +279,8 @@ func newTable(k *keys, is *island, clash func(a, b *Rule)) *table {
 	general, special := split(is.rules)
 	t := newNames(k, general, is.Listen, clash)
 	t.preludes = preludes(is.rules)
+	t.redirects = is.rules[0].Action == Redirect
+	t.named = t.redirects && slices.ContainsFunc(is.rules, func(r *Rule) bool { return r.Name != "" })
 	for protocol, rules := range special {
 		if t.alpn == nil {
 			t.alpn = map[string]*table{}
@@ -365,10 +374,11 @@ func at(segs []segment, port uint16) *Port {
 
 // newPort joins what one address and every address serve at a port. A rule that
 // reads no ClientHello cannot share a port with rules that do, nor can rules that
-// differ in what comes before it: there those of the address are alone.
+// differ in what comes before it: there those of the address are alone. Redirects
+// share it with redirects.
 func newPort(k keys, port uint16, own, every *table) *Port {
 	p := &Port{port: port, keys: k, tables: [2]*table{own, every}}
-	if own != nil && every != nil && (own.plain(&k, port) != nil || every.plain(&k, port) != nil || own.prelude(port) != every.prelude(port)) {
+	if own != nil && every != nil && !own.shares(every, &k, port) {
 		p.tables[1] = nil
 	}
 	if own != nil {
@@ -386,13 +396,22 @@ func newPort(k keys, port uint16, own, every *table) *Port {
 		for i, w := range t.wild {
 			p.wild[i] |= w
 		}
+		p.ByHost = p.ByHost || t.named
 	}
 	p.shallow = p.wild.len() <= fewDepths
-	if p.rest != nil && p.rest.Plain() {
+	if p.rest != nil && p.rest.Plain() && !p.ByHost {
 		p.Plain = p.rest
 	}
 	p.route(k, port)
 	return p
+}
+
+// shares reports whether the rules of every address are seen beside t, those of one.
+func (t *table) shares(every *table, k *keys, port uint16) bool {
+	if t.redirects || every.redirects {
+		return t.redirects && every.redirects
+	}
+	return t.plain(k, port) == nil && every.plain(k, port) == nil && t.prelude(port) == every.prelude(port)
 }
 
 // route adds what is served to clients that offer a protocol.

@@ -186,6 +186,47 @@ func TestSuffixesHashAlike(t *testing.T) {
 	}
 }
 
+// TestRedirectsAreFoundByHost: the names of redirects are looked up as those of a ClientHello are, on ports of redirects only.
+func TestRedirectsAreFoundByHost(t *testing.T) {
+	m := mustParse(t, `
+:80 good.example *.shop.example xn--bcher-kva.example -> redirect
+:80 *.a.shop.example -> redirect https-port=2
+:81 a.example -> redirect
+:81 -> redirect https-port=3
+:82-90 a.example -> redirect
+:85 b.example -> redirect
+192.0.2.1:80 good.example -> redirect https-port=4
+192.0.2.1:81 -> redirect https-port=5
+192.0.2.2:80 good.example -> tls:1
+192.0.2.3:80 -> b:1 mode=tcp
+`)
+	for _, c := range []struct {
+		addr   string
+		port   uint16
+		name   string
+		want   int // https-port; -1: no rule
+		byHost bool
+	}{
+		{"", 80, "good.example", 0, true}, {"", 80, "good.example.", 0, true}, {"", 80, "x.shop.example", 0, true}, {"", 80, "x.a.shop.example", 2, true},
+		{"", 80, "xn--bcher-kva.example", 0, true}, {"", 80, "shop.example", -1, true}, {"", 80, "evil.example", -1, true}, {"", 80, "", -1, true},
+		{"", 81, "a.example", 0, true}, {"", 81, "evil.example", 3, true}, {"", 81, "", 3, true},
+		{"", 84, "a.example", 0, true}, {"", 84, "b.example", -1, true}, {"", 85, "b.example", 0, true},
+		{"192.0.2.1", 80, "good.example", 4, true}, {"192.0.2.1", 80, "x.shop.example", 0, true},
+		{"192.0.2.1", 81, "a.example", 0, true}, {"192.0.2.1", 81, "", 5, true},
+		{"192.0.2.2", 80, "x.shop.example", -1, false}, {"192.0.2.3", 80, "x.shop.example", 0, false},
+	} {
+		a, _ := netip.ParseAddr(c.addr)
+		p := m.Port(a, c.port)
+		got := -1
+		if r := p.Lookup(c.name); r != nil {
+			got = int(r.Options.HTTPSPort)
+		}
+		if got != c.want || p.ByHost != c.byHost || c.byHost && (p.Sniff() || p.Plain != nil) {
+			t.Errorf("%s:%d %q: https-port %d, want %d; by host %v", c.addr, c.port, c.name, got, c.want, p.ByHost)
+		}
+	}
+}
+
 func TestListensMergeWhatOverlaps(t *testing.T) {
 	m := mustParse(t, ":443 a b -> x:1; :444 -> x:1; :9000-9010 a -> x:1; :9005 b -> x:1; 192.0.2.1:443 -> x:1; [::1]:443 -> x:1")
 	if got, want := fmt.Sprint(m.Listens()), "[:443 :444 :9000-9010 192.0.2.1:443 [::1]:443]"; got != want {
@@ -196,7 +237,7 @@ func TestListensMergeWhatOverlaps(t *testing.T) {
 // reference is Match by its definition.
 func reference(m *Map, addr netip.Addr, port uint16, name string, offered []string) (*Rule, bool) {
 	var own, every []*Rule
-	plain := map[bool]*Rule{}
+	plain, redirects := map[bool]*Rule{}, map[bool]bool{}
 	for _, r := range m.Rules {
 		if !r.Listen.Contains(port) {
 			continue
@@ -211,11 +252,11 @@ func reference(m *Map, addr netip.Addr, port uint16, name string, offered []stri
 			continue
 		}
 		if r.Plain() {
-			plain[specific] = r
+			plain[specific], redirects[specific] = r, r.Action == Redirect
 		}
 	}
 	rules := append(own, every...)
-	if len(own) > 0 && (plain[true] != nil || plain[false] != nil) {
+	if len(own) > 0 && (plain[true] != nil || plain[false] != nil) && !(redirects[true] && redirects[false]) {
 		rules = own
 	}
 	if len(own) > 0 && len(every) > 0 && own[0].Options.StartTLS != every[0].Options.StartTLS {

@@ -208,7 +208,7 @@ func (e *explanation) sayProxy() {
 		networks = append(networks, prefix.String())
 	}
 	refused := "one that comes all the same ends the connection with outcome bad_proxy"
-	if e.port != nil && e.port.Plain != nil {
+	if e.port != nil && !e.port.Sniff() {
 		refused = "one that comes all the same is taken for the client's own bytes"
 	}
 	switch {
@@ -240,7 +240,11 @@ func (e *explanation) sayNoRule() {
 		why = "each one for this port has a name, and the client sends none"
 	}
 	e.say("rule", "none: "+why)
-	e.say("client sees", "fatal alert unrecognized_name (112); the log has outcome unknown_name")
+	if e.port.ByHost {
+		e.say("client sees", "status 421 (Misdirected Request), in plain HTTP; the log has outcome unknown_name")
+	} else {
+		e.say("client sees", "fatal alert unrecognized_name (112); the log has outcome unknown_name")
+	}
 	e.say("names served", some(e.names()))
 }
 
@@ -293,8 +297,11 @@ func (e *explanation) because() (why []string) {
 	if r.Protocol != "" {
 		why = append(why, "it is for clients that offer "+r.Protocol+", which beats every rule that is not for a protocol")
 	}
+	if e.port.ByHost {
+		why = append(why, "redirects are chosen by the name in the Host header")
+	}
 	switch {
-	case r.Plain():
+	case e.port.Plain != nil:
 		why = append(why, "it is alone on this port: "+word(r)+" reads no ClientHello, so no name decides")
 	case r.Name == "" && e.question.name == "":
 		why = append(why, "the client sends no name, and this rule asks for none")
