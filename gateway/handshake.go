@@ -204,8 +204,8 @@ const (
 	// (TestSilentHandshakesCostLittle). crypto/tls has a hello three times then, so larger ones have a place for each
 	// helloPlace bytes.
 	helloPlace = 4 << 10
-	// However crowded it is, a client has this long to answer: the slowest networks take half of it, and a packet that was
-	// lost is sent again after a second (RFC 6298, section 2).
+	// The deadline never gets shorter: the slowest networks take half of it, and a packet that was lost is sent again after
+	// a second (RFC 6298, section 2). Only when all places are taken does the longest silent client go sooner.
 	leastPatience = int64(1500 * time.Millisecond)
 )
 

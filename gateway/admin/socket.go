@@ -38,7 +38,7 @@ func listenUnix(path string) (*socket, error) {
 		return nil, fmt.Errorf("open its directory: %w", reason(err))
 	}
 	defer d.Close() // and with it the lock
-	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
+	if err := lockDirectory(int(d.Fd())); err != nil {
 		return nil, fmt.Errorf("lock its directory: %w", err)
 	}
 	at := reachable(path, d)
@@ -149,4 +149,21 @@ func openSocket(s gateway.Settings, admin string, complain func(string)) (*socke
 	}
 	complain("there is no socket for orders: " + what.Error())
 	return nil, nil
+}
+
+// lockPatience is how long another gateway may take to make its socket in the same directory: milliseconds, as a rule.
+const lockPatience = 2 * time.Second
+
+// lockDirectory keeps two gateways from taking a socket over at once. Whoever may open the directory can hold its lock, so
+// that it is not waited for without end.
+func lockDirectory(fd int) error {
+	for end := time.Now().Add(lockPatience); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return err
+		}
+		if time.Now().After(end) {
+			return errors.New("another process holds it; end that, or set TLSNAT_ADMIN_SOCKET to a path in a directory of the gateway's own")
+		}
+	}
 }
