@@ -577,6 +577,8 @@ type route struct {
 	kernel  *ktls.Support // what may go to the kernel; nil: nothing
 	keeper  *keeper
 
+	kernelRX bool // what is received may go there: no fault is known in how it opens, or the operator takes it as it is
+
 	encryption *encryption // nil: no backend is a tls:// one
 
 	gate     *lineGate  // nil: whoever comes may come in

@@ -86,6 +86,7 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 		r.profile = g.profileFor(gen, last, rule)
 		if g.settings.KTLS != "off" && rule.Options.KTLS != natmap.KTLSOff {
 			r.kernel = g.kernel
+			r.kernelRX = g.kernel.Mended || g.settings.KTLS == "rx" || rule.Options.KTLS == natmap.KTLSRX
 		}
 		if encrypts(rule) {
 			r.encryption = g.newEncryption(c, rule)

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/ktls"
 )
 
@@ -173,6 +174,35 @@ func TestKTLSOffIsOff(t *testing.T) {
 			}
 			if n := b.said("kernel TLS"); name == "setting" && n != 0 {
 				t.Errorf("the log speaks of it %d times", n)
+			}
+		})
+	}
+}
+
+// TestKTLSReceivesOnlyIfMendedOrTold: a kernel that has faults in its parser sees no record of a stranger's, unless the
+// setting or the rule says so. Where it may not, it still seals.
+func TestKTLSReceivesOnlyIfMendedOrTold(t *testing.T) {
+	k := needKernelTLS(t)
+	for _, c := range []struct {
+		option, setting string
+		told            bool
+	}{{"", "KTLS=auto", false}, {" ktls=auto", "KTLS=auto", false}, {" ktls=rx", "KTLS=auto", true}, {"", "KTLS=rx", true}, {" ktls=rx", "KTLS=off", false}} {
+		t.Run(c.setting+c.option, func(t *testing.T) {
+			b := start(t, ":{0} edge.test -> "+echoServer(t)+c.option, c.setting)
+			conn := b.dialTLS(t, 0, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 })
+			exchange(t, conn, random(1, 8<<20))
+			_ = conn.Close()
+			l, s := b.lineOf(t, conn.NetConn()), b.gateway.Status().Kernel
+			want := gateway.KernelCounts{TX: 1, RX: 1}
+			switch {
+			case c.setting == "KTLS=off":
+				want.TX, want.RX = 0, 0
+			case !c.told && !k.Mended:
+				want.RX = 0
+			}
+			kept := s.Fallbacks["old_kernel"]
+			if s.TX != want.TX || s.RX != want.RX || kept != want.TX-want.RX {
+				t.Errorf("%d halves were sealed and %d opened in the kernel, and %d kept from it, line: %s", s.TX, s.RX, kept, l)
 			}
 		})
 	}

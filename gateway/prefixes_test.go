@@ -62,7 +62,7 @@ func TestSettingsNameWhatCannotBeSeen(t *testing.T) {
 		"KTLS=a\u009buto":      "cannot be seen",
 		"ADMIN_TOKEN=\"secr\"": "TLSNAT_ADMIN_TOKEN: is in quotes",
 		"ADMIN_TOKEN=secr\r":   "TLSNAT_ADMIN_TOKEN: ends in a carriage return",
-		"KTLS=\u202eotua":      `TLSNAT_KTLS="\u202eotua": write auto or off`,
+		"KTLS=\u202eotua":      `TLSNAT_KTLS="\u202eotua": write auto, rx or off`,
 	} {
 		_, err := ReadSettings([]string{Prefix + kv})
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secr") {

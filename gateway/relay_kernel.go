@@ -52,12 +52,13 @@ const (
 	noModule   hindrance = iota // the kernel has no TLS, or none that works
 	noCipher                    // it has not this cipher, or it failed its test
 	noRekey                     // it could not follow the peer's KeyUpdate
+	oldKernel                   // faults are known in how it opens, and nobody said ktls=rx
 	halfClosed                  // the peer had ended its stream before
 	refused                     // the kernel would not take the keys
 	hindrances
 )
 
-var hindranceNames = [hindrances]string{"no_module", "no_cipher", "no_rekey", "half_closed", "refused"}
+var hindranceNames = [hindrances]string{"no_module", "no_cipher", "no_rekey", "old_kernel", "half_closed", "refused"}
 
 func (f hindrance) String() string { return hindranceNames[f] }
 
@@ -106,6 +107,8 @@ func (c *conn) mayOpen(s *socket) bool {
 		return c.keepHere(&s.tls.rx, whyNot(err))
 	case s.tls.reader.TLS13() && !k.Rekey:
 		return c.keepHere(&s.tls.rx, noRekey)
+	case !c.route.kernelRX:
+		return c.keepHere(&s.tls.rx, oldKernel)
 	}
 	return true
 }

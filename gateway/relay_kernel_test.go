@@ -95,7 +95,7 @@ func (s *still) stage(t *testing.T, k *ktls.Support, suite uint16, client, backe
 	c := newConn(s.loop, s.listener, near, netip.MustParseAddrPort("192.0.2.7:4711"))
 	s.loop.conns[c] = struct{}{}
 	plain := s.listener.rules.plain
-	c.enter(&route{use: new(usage), rule: plain.rule, idle: plain.idle, linger: plain.linger, kernel: k})
+	c.enter(&route{use: new(usage), rule: plain.rule, idle: plain.idle, linger: plain.linger, kernel: k, kernelRX: true})
 	c.backend = socket{owner: c, fd: ours, writable: true}
 	c.dial = &dialling{backend: &backend0}
 	for _, sock := range []*socket{&c.client, &c.backend} {

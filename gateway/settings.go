@@ -49,7 +49,7 @@ type Settings struct {
 	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
 	Resolver   string         `env:"RESOLVER" doc:"Address and port of the DNS server that is asked for the names of backends. Default: those in /etc/resolv.conf."`
 	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken, with clients and with tls:// backends: 1.2 or 1.3."`
-	KTLS       string         `env:"KTLS" envDefault:"auto" doc:"auto: the kernel opens and seals TLS for connections that stream, where it can; off: never."`
+	KTLS       string         `env:"KTLS" envDefault:"auto" doc:"auto: the kernel seals TLS for connections that stream, where it can, and opens it from Linux 7.0 on; rx: it opens it before that too, where it can; off: neither."`
 
 	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"From accept until the ClientHello is there (a PROXY header included), and again until the handshake is done; for that it is less, down to 1.5s, while more than half of TLSNAT_HANDSHAKES are in progress."`
 	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"To reach a backend, all that are tried together, and to shake hands with a tls:// one."`
@@ -298,7 +298,7 @@ func (s *Settings) check() []error {
 	}
 	oneOf("LOG_LEVEL", s.LogLevel, "debug", "info", "warn", "error")
 	oneOf("LOG_FORMAT", s.LogFormat, "json", "console")
-	oneOf("KTLS", s.KTLS, "auto", "off")
+	oneOf("KTLS", s.KTLS, "auto", "rx", "off")
 	oneOf("MIN_TLS", s.MinTLS, "1.2", "1.3")
 	oneOf("WATCH", s.Watch, "on", "off")
 	longer := func(key string, d time.Duration) {

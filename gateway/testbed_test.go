@@ -110,7 +110,8 @@ func start(t testing.TB, mapText string, settings ...string) *bed {
 	t.Helper()
 	b := &bed{log: newLogBook(), certs: pki(t).directory(t)}
 	mapText, b.ports = fillPorts(t, mapText)
-	environ := []string{gateway.Prefix + "MAP=" + mapText, gateway.Prefix + "CERTS=" + b.certs,
+	// Whatever the kernel: that it opens what is received is tested where it can.
+	environ := []string{gateway.Prefix + "KTLS=rx", gateway.Prefix + "MAP=" + mapText, gateway.Prefix + "CERTS=" + b.certs,
 		gateway.Prefix + "STATE=" + t.TempDir(), gateway.Prefix + "LOG_LEVEL=debug", gateway.Prefix + "LOOPS=2"}
 	for _, kv := range settings {
 		environ = append(environ, gateway.Prefix+kv)

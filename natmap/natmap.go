@@ -236,9 +236,10 @@ type KTLS uint8
 const (
 	KTLSAuto KTLS = iota // where it can, and where it pays
 	KTLSOff
+	KTLSRX // as KTLSAuto; the kernel may open what is received even if faults are known in how it does that
 )
 
-var ktlsWords = []string{"auto", "off"}
+var ktlsWords = []string{"auto", "off", "rx"}
 
 // String returns the value of ktls=.
 func (k KTLS) String() string { return word(ktlsWords, int(k)) }

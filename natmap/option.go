@@ -89,8 +89,8 @@ var ruleOptions = []option{
 		show: func(o *Options) string { return o.Cert },
 	},
 	{
-		key: "ktls", value: "auto|off", uses: terminate | tcp | demo,
-		help: "auto: the kernel opens and seals TLS for connections that stream, where it can; off: never (default auto)",
+		key: "ktls", value: "auto|rx|off", uses: terminate | tcp | demo,
+		help: "auto: the kernel seals TLS for connections that stream, where it can, and opens it from Linux 7.0 on; rx: it opens it before that too, where it can; off: neither (default auto)",
 		set: enum(ktlsWords, map[string]string{"on": "auto", "yes": "auto", "no": "off"},
 			func(o *Options) *KTLS { return &o.KTLS }),
 		show: func(o *Options) string { return o.KTLS.String() },

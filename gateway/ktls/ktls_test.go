@@ -53,6 +53,29 @@ func TestKTLSPassesItsProbe(t *testing.T) {
 	}
 }
 
+// TestMendedByRelease: a kernel is trusted with what strangers send only if its version tells.
+func TestMendedByRelease(t *testing.T) {
+	for release, want := range map[string]bool{
+		"6.1.0-40-cloud-amd64": false, "6.12.48+deb13-cloud-amd64": false, "6.18.0": false, "6.19.11-1-default": false,
+		"7.0.0-rc7": false, "7.0-rc7-amd64": false, "7.0.0": true, "7.0-amd64": true, "7.1.0-rc1": true, "10.2.3": true,
+		"": false, "7": false, "linux": false, "-7.1": false,
+	} {
+		if got := mended(release); got != want {
+			t.Errorf("%q: mended is %v", release, got)
+		}
+	}
+}
+
+// TestSupportSaysWhatIsNotUsed: what the log and 'tlsnat version' say names the setting that takes an old kernel.
+func TestSupportSaysWhatIsNotUsed(t *testing.T) {
+	for mended, want := range map[bool]bool{false: true, true: false} {
+		text := (&Support{Mended: mended}).String()
+		if strings.Contains(text, "TLSNAT_KTLS=rx") != want || strings.Contains(text, "Linux 7.0") != want {
+			t.Errorf("mended %v: %q", mended, text)
+		}
+	}
+}
+
 // TestKTLSProbeTellsADamagedKey: the probe is no formality.
 func TestKTLSProbeTellsADamagedKey(t *testing.T) {
 	supported(t)

@@ -89,6 +89,8 @@ type Support struct {
 	Absent error
 	// Rekey says whether keys can be replaced (Linux 6.14 and newer), both ways.
 	Rekey bool
+	// Mended says whether no fault is known in how this kernel parses the records that strangers send.
+	Mended bool
 
 	tx, rx [kinds]error
 }
@@ -120,7 +122,7 @@ func (s *Support) says(way *[kinds]error, suite uint16) error {
 // record, written, spliced, compared byte for byte with what package record seals and opens, and a close_notify. It
 // takes some milliseconds. Where the module is not loaded it loads it, if the process may (CAP_NET_ADMIN).
 func Probe() *Support {
-	s := &Support{}
+	s := &Support{Mended: mended(release())}
 	if s.Absent = attachable(); s.Absent != nil {
 		return s
 	}
@@ -135,6 +137,33 @@ func Probe() *Support {
 	}
 	s.Rekey = try(TLS13AES128, tryNewTX) == nil && try(TLS13AES128, tryNewRX) == nil
 	return s
+}
+
+// The first Linux without a known fault in how its TLS receives. CVE-2025-39682 and CVE-2025-39946 were mended in 6.17,
+// CVE-2025-40176 in 6.18, and CVE-2026-23414, which came with that mend, in 7.0. Distributions mend older kernels too, but
+// the version doesn't tell.
+const mendedMajor, mendedMinor = 7, 0
+
+// mended reads a release such as "6.12.48+deb13-cloud-amd64". What it can't read is not mended, nor is a preview of the
+// first version that is.
+func mended(release string) bool {
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return false
+	}
+	if major == mendedMajor && minor == mendedMinor {
+		return !strings.Contains(release, "-rc")
+	}
+	return major > mendedMajor || major == mendedMajor && minor > mendedMinor
+}
+
+// release is the running kernel's.
+func release() string {
+	var name unix.Utsname
+	if unix.Uname(&name) != nil {
+		return ""
+	}
+	return unix.ByteSliceToString(name.Release[:])
 }
 
 // attachable says why the TLS layer can't be put on a socket.
@@ -175,7 +204,13 @@ func (s *Support) String() string {
 		text += ", but " + strings.Join(faults, ", ")
 	}
 	if s.Rekey {
-		return text + "; keys can be renewed"
+		text += "; keys can be renewed"
+	} else {
+		text += "; keys can't be renewed (Linux 6.14 could), so TLS 1.3 is opened in user space"
 	}
-	return text + "; keys can't be renewed (Linux 6.14 could), so TLS 1.3 is opened in user space"
+	if !s.Mended {
+		text += fmt.Sprintf("; faults are known in how it opens records (before Linux %d.%d), so it opens them only with TLSNAT_KTLS=rx or ktls=rx",
+			mendedMajor, mendedMinor)
+	}
+	return text
 }
