@@ -16,6 +16,7 @@ import (
 	"crypto/rsa"
 	"io"
 	"math/big"
+	"runtime"
 	"sync"
 )
 
@@ -154,6 +155,8 @@ func newWork() any { return new(work) }
 
 // power is the message, big-endian, to the power of the private exponent: RSASP1 with the two primes (RFC 8017 5.2.1).
 func (k *Key) power(message *[2 * primeBits / 8]byte) *[2 * primeBits / 8]byte {
+	forget() // the stack grows now, not when secrets would stay in the old one
+	defer forget()
 	w := works.Get().(*work)
 	defer func() {
 		*w = work{}
@@ -163,6 +166,16 @@ func (k *Key) power(message *[2 * primeBits / 8]byte) *[2 * primeBits / 8]byte {
 	k.fillTable(w)
 	k.raise(w)
 	return k.combine(w)
+}
+
+// forget overwrites the stack under the caller's frame, where compiled code has left copies that no variable names. What
+// power calls takes less than 2 KiB.
+//
+//go:noinline
+func forget() {
+	var frames [2048]byte
+	clear(frames[:])
+	runtime.KeepAlive(&frames)
 }
 
 // reduce sets w.x to the message modulo each prime, in Montgomery form. As two numbers below R it is high*R + low.

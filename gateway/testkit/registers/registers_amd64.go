@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package registers is for tests of assembly that works with secrets: it shows what a function leaves in the registers.
+// Package registers is for tests of what works with secrets: it shows what a function leaves in registers and on the stack.
 //
 //	var left registers.State
 //	registers.Fill()
@@ -36,6 +36,12 @@ func Fill()
 //
 //go:noescape
 func Read(s *State)
+
+// Below copies to b what the stack holds under the frame of the caller: what functions that it has called left there. The
+// first bytes are those of the call itself. The stack has to be as deep.
+//
+//go:noescape
+func Below(b []byte)
 
 // Vectors returns an error for the first vector register that was used since Fill and is not zero. An upper part that
 // was cut off, as each write to an X or Y register does it, is zero.

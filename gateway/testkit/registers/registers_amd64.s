@@ -100,3 +100,13 @@ TEXT ·Read(SB), NOSPLIT, $0-8
 	MOVQ      R11, (State_General+24)(AX)
 	VZEROUPPER
 	RET
+
+// func Below(b []byte)
+TEXT ·Below(SB), NOSPLIT, $0-24
+	MOVQ b_base+0(FP), DI
+	MOVQ b_len+8(FP), CX
+	MOVQ SP, SI
+	SUBQ CX, SI
+	CLD
+	REP; MOVSB
+	RET
