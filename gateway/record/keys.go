@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"runtime"
 )
 
 const (
@@ -59,7 +60,7 @@ var errFIPS = errors.New("record: GODEBUG=fips140=only forbids this engine's cip
 
 // TrafficKeys derives the keys of one direction from its TLS 1.3 application traffic secret
 // (RFC 8446 7.3). The secret is as long as the suite's hash: 32 bytes, or 48 with SHA-384.
-func TrafficKeys(suite uint16, secret []byte) (Keys, error) {
+func TrafficKeys(suite uint16, secret []byte) (k Keys, err error) {
 	spec, ok := specs[suite]
 	if !ok || !isTLS13(suite) {
 		return Keys{}, fmt.Errorf("record: cipher suite %#04x is not one of TLS 1.3's AES-GCM or ChaCha20-Poly1305", suite)
@@ -70,8 +71,10 @@ func TrafficKeys(suite uint16, secret []byte) (Keys, error) {
 	if len(secret) != spec.hashLen {
 		return Keys{}, fmt.Errorf("record: traffic secret has %d bytes, suite %#04x wants %d", len(secret), suite, spec.hashLen)
 	}
-	k := Keys{suite: suite}
+	k.suite = suite
+	forget() // the stack grows now, not when secrets would stay in the old one
 	k.setSecret(secret)
+	forget()
 	return k, nil
 }
 
@@ -79,8 +82,7 @@ func TrafficKeys(suite uint16, secret []byte) (Keys, error) {
 // hello randoms of 32 bytes (RFC 5246 6.3; AES-GCM: RFC 5288 3; ChaCha20-Poly1305: RFC 7905 2).
 // client is what the client writes with, server what the server writes with.
 func KeyBlock(suite uint16, master, clientRandom, serverRandom []byte) (client, server Keys, err error) {
-	spec, ok := specs[suite]
-	if !ok || isTLS13(suite) {
+	if _, ok := specs[suite]; !ok || isTLS13(suite) {
 		return client, server, fmt.Errorf("record: cipher suite %#04x is not one of TLS 1.2's ECDHE with AES-GCM or ChaCha20-Poly1305", suite)
 	}
 	if fips140.Enforced() {
@@ -92,6 +94,17 @@ func KeyBlock(suite uint16, master, clientRandom, serverRandom []byte) (client, 
 	if len(clientRandom) != randomLen || len(serverRandom) != randomLen {
 		return client, server, fmt.Errorf("record: client random has %d and server random %d bytes, want %d each", len(clientRandom), len(serverRandom), randomLen)
 	}
+	forget()
+	expandKeys(suite, master, clientRandom, serverRandom, &client, &server)
+	forget()
+	return client, server, nil
+}
+
+// expandKeys is KeyBlock without its checks.
+//
+//go:noinline
+func expandKeys(suite uint16, master, clientRandom, serverRandom []byte, client, server *Keys) {
+	spec := specs[suite]
 	fixed := saltLen
 	if spec.chacha {
 		fixed = ivLen
@@ -107,7 +120,6 @@ func KeyBlock(suite uint16, master, clientRandom, serverRandom []byte) (client, 
 	block = block[copy(client.iv[:fixed], block):]
 	copy(server.iv[:fixed], block)
 	clear(buf[:])
-	return client, server, nil
 }
 
 // Suite is the cipher suite's number, as crypto/tls writes it.
@@ -137,6 +149,13 @@ func (k *Keys) Update() {
 	if !isTLS13(k.suite) {
 		return
 	}
+	forget()
+	k.next()
+	forget()
+}
+
+//go:noinline
+func (k *Keys) next() {
 	spec := specs[k.suite]
 	mac := hmac.New(spec.hash, k.secret[:spec.hashLen])
 	next := make([]byte, spec.hashLen)
@@ -145,10 +164,22 @@ func (k *Keys) Update() {
 	clear(next)
 }
 
+// forget overwrites the stack under the caller's frame, where hashes and compiled code have left copies of keys. They take
+// less than 4 KiB.
+//
+//go:noinline
+func forget() {
+	var frames [4096]byte
+	clear(frames[:])
+	runtime.KeepAlive(&frames)
+}
+
 // Wipe overwrites the keys with zeros.
 func (k *Keys) Wipe() { *k = Keys{} }
 
 // setSecret starts a generation: the traffic secret, and the key and IV that come from it.
+//
+//go:noinline
 func (k *Keys) setSecret(secret []byte) {
 	spec := specs[k.suite]
 	copy(k.secret[:], secret)
