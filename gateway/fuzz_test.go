@@ -93,6 +93,10 @@ func agreesWithCodec(t *testing.T, b []byte) {
 	h, codecErr := proxyproto.Read(reader)
 	used := len(b) - reader.Buffered() - under.Len()
 	switch {
+	case codecErr == nil && h.Command.IsProxy() && h.TransportProtocol.IsDatagram(): // what came by TCP is none
+		if err == nil && n > 0 {
+			t.Errorf("a header for datagrams is one of %d bytes", n)
+		}
 	case codecErr == nil && (err != nil || n != used):
 		t.Errorf("the codec reads a header of %d bytes, we say %d, %v", used, n, err)
 	case n > 0 && n <= len(b):

@@ -25,6 +25,9 @@ const (
 	v1Limit    = 107
 )
 
+// v1Start is what a header of version 1 begins with, in capitals (PROXY protocol, section 2.1).
+var v1Start = []byte("PROXY ")
+
 var errNotProxy = errors.New("no PROXY header, which is demanded from this address (" + Prefix + "PROXY_FROM)")
 
 // readProxyHeader takes the PROXY header off a connection from a load balancer that is trusted (PROXY protocol,
@@ -54,17 +57,8 @@ func (c *conn) readProxyHeader() stage {
 
 // takeProxyHeader reads the header, which is the first n bytes of b.
 func (c *conn) takeProxyHeader(b []byte, n int) stage {
-	if unspecified(b) {
-		c.report.local = true
-	} else {
-		h, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(b[:n]), n))
-		if err == nil {
-			err = checkProxySum(b[:n])
-		}
-		if err != nil {
-			return c.badProxy(err)
-		}
-		c.believe(h)
+	if err := c.believe(b[:n]); err != nil {
+		return c.badProxy(err)
 	}
 	if wanted := c.port.tlvs; wanted != nil && !c.report.local {
 		c.report.tlvs = keepTLVs(b[:n], wanted)
@@ -77,10 +71,103 @@ func (c *conn) takeProxyHeader(b []byte, n int) stage {
 	return c.comeIn()
 }
 
-// unspecified says whether a header of version 2 has the command PROXY and the family UNSPEC, which every receiver has to
-// know and the codec refuses: of the client it says nothing, as UNKNOWN of version 1 does (PROXY protocol, section 2.2).
-func unspecified(b []byte) bool {
-	return bytes.HasPrefix(b, proxyproto.SIGV2) && b[12] == byte(proxyproto.PROXY) && b[13] == byte(proxyproto.UNSPEC)
+// believe takes the client's address from a whole header. One that names none leaves the peer's: LOCAL, UNKNOWN, and in
+// version 2 UNSPEC, which the codec refuses, and UNIX, whose client has no address.
+func (c *conn) believe(b []byte) error {
+	if bytes.HasPrefix(b, proxyproto.SIGV2) {
+		if b[12] == byte(proxyproto.LOCAL) || b[13] == byte(proxyproto.UNSPEC) { // what follows is not looked at, nor LOCAL's family
+			c.report.local = true
+			return nil
+		}
+		if err := checkTLVs(b[16+v2Addresses[b[13]]:]); err != nil {
+			return err
+		}
+		if err := checkProxySum(b); err != nil {
+			return err
+		}
+		if b[13] == byte(proxyproto.UnixStream) {
+			c.report.local = true
+			return nil
+		}
+	}
+	h, err := proxyproto.Read(bufio.NewReaderSize(bytes.NewReader(b), len(b)))
+	if err != nil {
+		return err
+	}
+	if h.Command.IsLocal() {
+		c.report.local = true
+		return nil
+	}
+	src, dst, ok := h.TCPAddrs()
+	if !ok {
+		return errors.New("the PROXY header has no addresses of TCP")
+	}
+	c.report.source, c.report.target = unmapped(src), unmapped(dst)
+	return nil
+}
+
+// v2Addresses are the families and protocols that a connection over TCP can come with, and how long their addresses are
+// (PROXY protocol, section 2.2). Those for datagrams are defined, but none came here by TCP: taken for one that names nobody
+// its client would have the address of the load balancer, and pass where that does.
+var v2Addresses = map[byte]int{
+	byte(proxyproto.UNSPEC): 0, byte(proxyproto.TCPv4): 2*4 + 2*2, byte(proxyproto.TCPv6): 2*16 + 2*2, byte(proxyproto.UnixStream): 2 * 108,
+}
+
+// judgeV2 looks at the fixed part of a header of version 2, which is whole, before the rest is waited for.
+func judgeV2(b []byte) error {
+	size, known := v2Addresses[b[13]]
+	n := int(binary.BigEndian.Uint16(b[14:]))
+	switch {
+	case 16+n > proxyLimit:
+		return fmt.Errorf("PROXY header of %d bytes, more than %d", 16+n, proxyLimit)
+	case b[12] == byte(proxyproto.LOCAL):
+	case b[12] != byte(proxyproto.PROXY):
+		return fmt.Errorf("PROXY header with version and command %#02x, which is neither PROXY nor LOCAL of version 2", b[12])
+	case !known:
+		return fmt.Errorf("PROXY header with family and protocol %#02x, which is none of TCP4, TCP6, UNIX and UNSPEC", b[13])
+	case n < size:
+		return fmt.Errorf("PROXY header with %d bytes for addresses that take %d", n, size)
+	}
+	return nil
+}
+
+// checkTLVs holds the lengths of TLVs against the header that they are in, and those in the one about TLS against that (PROXY
+// protocol, sections 2.2.4 and 2.2.6): what one reader takes for the end another would take for more.
+func checkTLVs(b []byte) error {
+	for len(b) > 0 {
+		if len(b) < tlvHead {
+			return errors.New("the PROXY header ends within a TLV")
+		}
+		n := tlvHead + int(binary.BigEndian.Uint16(b[1:]))
+		if n > len(b) {
+			return errors.New("the PROXY header has a TLV that is longer than the rest of it")
+		}
+		switch kind, value := proxyproto.PP2Type(b[0]), b[tlvHead:n]; {
+		case kind == proxyproto.PP2_TYPE_CRC32C && len(value) != 4:
+			return fmt.Errorf("the CRC32C of the PROXY header has %d bytes, not 4", len(value))
+		case kind == proxyproto.PP2_TYPE_SSL && len(value) < sslTLVHead:
+			return fmt.Errorf("the TLV about TLS in the PROXY header has %d bytes, less than %d", len(value), sslTLVHead)
+		case kind == proxyproto.PP2_TYPE_SSL:
+			if err := checkParts(value[sslTLVHead:]); err != nil {
+				return err
+			}
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// sslTLVHead is what a TLV about TLS begins with: a byte of flags, four that say whether the certificate was verified.
+const sslTLVHead = 1 + 4
+
+// checkParts holds the lengths of the TLVs in one about TLS against that.
+func checkParts(b []byte) error {
+	rest := len(b)
+	eachTLV(b, func(_ uint8, whole []byte) { rest -= len(whole) })
+	if rest != 0 {
+		return errors.New("the TLV about TLS in the PROXY header has a part that goes beyond it")
+	}
+	return nil
 }
 
 // comeIn is what comes behind the header, if the gate lets the client in.
@@ -146,18 +233,6 @@ func (c *conn) badProxy(err error) stage {
 	return c.finish(BadProxy, err.Error())
 }
 
-// believe takes the client's address from the header. One that names none (LOCAL, UNKNOWN) leaves the peer's.
-func (c *conn) believe(h *proxyproto.Header) {
-	if h.Command.IsLocal() {
-		c.report.local = true
-		return
-	}
-	if src, dst, ok := h.TCPAddrs(); ok {
-		c.report.source = unmapped(src)
-		c.report.target = unmapped(dst)
-	}
-}
-
 func unmapped(a *net.TCPAddr) netip.AddrPort {
 	ap := a.AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
@@ -172,17 +247,13 @@ func startsProxyHeader(b []byte) bool {
 // proxyHeaderLen is the length of the header at the start of b: 0 as long as that can't be told. It judges the first
 // byte already, so that whoever does not speak the protocol isn't waited for.
 func proxyHeaderLen(b []byte) (int, error) {
-	v1, v2 := proxyproto.SIGV1, proxyproto.SIGV2
+	v1, v2 := v1Start, proxyproto.SIGV2
 	switch {
 	case bytes.HasPrefix(b, v2):
 		if len(b) < 16 {
 			return 0, nil
 		}
-		n := 16 + int(binary.BigEndian.Uint16(b[14:]))
-		if n > proxyLimit {
-			return 0, fmt.Errorf("PROXY header of %d bytes, more than %d", n, proxyLimit)
-		}
-		return n, nil
+		return 16 + int(binary.BigEndian.Uint16(b[14:])), judgeV2(b)
 	case bytes.HasPrefix(b, v1):
 		end := bytes.IndexByte(b[:min(len(b), v1Limit)], '\n')
 		if end < 0 && len(b) >= v1Limit {
