@@ -394,7 +394,7 @@ func (c *conn) passGate() refusal {
 	if g.most > 0 && !c.hold(holdsConn, &g.count.open, g.most) {
 		return refusedConns
 	}
-	if g.handshakes > 0 && terminates(c.route.rule) && !c.hold(holdsHandshake, &g.count.shaking, g.handshakes) {
+	if g.handshakes > 0 && terminates(c.route.rule) && !c.holdHandshake(g) {
 		return refusedHandshakes
 	}
 	return notRefused
@@ -408,6 +408,20 @@ func (c *conn) hold(what uint8, count *atomic.Int64, most int64) bool {
 	}
 	c.holds |= what
 	return true
+}
+
+// holdHandshake counts the connection among the handshakes of its line. If these are all that handshakes= allows, one whose
+// client is silent gives way, as for the places of the loop: silence must not shut out those who speak.
+func (c *conn) holdHandshake(g *lineGate) bool {
+	if c.hold(holdsHandshake, &g.count.shaking, g.handshakes) {
+		return true
+	}
+	silent := c.loop.silentOf(g.count)
+	if silent == nil {
+		return false
+	}
+	silent.giveUpSilent()
+	return c.hold(holdsHandshake, &g.count.shaking, g.handshakes)
 }
 
 // release gives back what the connection holds of the gate: all of it at its end, the handshake when that is done.

@@ -363,27 +363,55 @@ func TestConnsOfALine(t *testing.T) {
 	exchange(t, b.dialTLS(t, 0, nil), []byte("room again"))
 }
 
-// TestHandshakesOfALine: while one is under way the next is refused; established connections don't count.
+// TestHandshakesOfALine: one whose client is silent gives way to the next; established connections and those of other lines
+// don't count.
 func TestHandshakesOfALine(t *testing.T) {
-	b := start(t, ":{0} edge.test -> "+echoServer(t)+" handshakes=1\n:{0} *.wild.test -> "+echoServer(t))
+	b := start(t, ":{0} edge.test -> "+echoServer(t)+" handshakes=1\n:{0} *.wild.test -> "+echoServer(t), "LOOPS=1")
 	exchange(t, b.dialTLS(t, 0, nil), []byte("established"))
-	slow := &stalled{Conn: b.dial(t, 0), asked: make(chan struct{}), resume: make(chan struct{}), done: make(chan error, 1)}
-	c := tls.Client(slow, clientConfig(t, nil))
-	go func() { slow.done <- c.Handshake() }()
-	<-slow.asked
-	if err := tls.Client(b.dial(t, 0), clientConfig(t, nil)).Handshake(); !errors.Is(err, unix.ECONNRESET) {
-		t.Errorf("%v, want a reset", err)
-	}
-	if l := b.next(t); l.Outcome != "limited" || l.Refused != "handshakes" {
-		t.Errorf("line: %s", l)
-	}
+	slow := slowClient(t, b.dial(t, 0))
 	exchange(t, b.dialTLS(t, 0, func(c *tls.Config) { c.ServerName = "a.wild.test" }), []byte("another rule"))
-	close(slow.resume)
-	if err := <-slow.done; err != nil {
+	if err := slow.goOn(); err != nil {
 		t.Fatal(err)
 	}
-	exchange(t, c, []byte("done"))
-	exchange(t, b.dialTLS(t, 0, nil), []byte("the next one"))
+	for range 3 {
+		silent := slowClient(t, b.dial(t, 0))
+		exchange(t, b.dialTLS(t, 0, nil), []byte("the next one"))
+		_ = silent.goOn() // the server's word that it is over may be on its way
+	}
+	if n := b.gateway.Status().Handshakes.Silent; n != 3 {
+		t.Errorf("%d gave way, want 3", n)
+	}
+	b.refusedBy(t, nil)
+}
+
+// TestHandshakesOfALineAreTakenFromTheCrowd: of the silent ones of a line the source with the most of them loses its oldest, and
+// no other line any; a flood of them shuts nobody out.
+func TestHandshakesOfALineAreTakenFromTheCrowd(t *testing.T) {
+	b := start(t, ":{0} edge.test -> "+echoServer(t)+" handshakes=4\n:{0} *.wild.test -> "+echoServer(t)+" handshakes=4", "LOOPS=1")
+	hello := clientHello(t, nil)
+	other := &stalled{Conn: dialFrom(t, "127.0.3.66", b.addr(0)), asked: make(chan struct{}), resume: make(chan struct{}), done: make(chan error, 1)}
+	go func() {
+		other.done <- tls.Client(other, clientConfig(t, func(c *tls.Config) { c.ServerName = "a.wild.test" })).Handshake()
+	}()
+	<-other.asked
+	slow := slowClient(t, dialFrom(t, "127.0.3.1", b.addr(0)))
+	for range 3 {
+		silent(t, dialFrom(t, "127.0.3.66", b.addr(0)), hello)
+	}
+	for range 40 {
+		silent(t, dialFrom(t, "127.0.3.66", b.addr(0)), hello)
+		exchange(t, tls.Client(dialFrom(t, "127.0.4.1", b.addr(0)), clientConfig(t, nil)), []byte("from elsewhere"))
+		exchange(t, tls.Client(dialFrom(t, "127.0.3.66", b.addr(0)), clientConfig(t, nil)), []byte("from the same address"))
+	}
+	for _, c := range []*stalled{slow, other} {
+		if err := c.goOn(); err != nil {
+			t.Errorf("a slow client: %v", err)
+		}
+	}
+	b.refusedBy(t, nil)
+	if n := b.gateway.Status().Handshakes.Silent; n < 40 || n > 43 {
+		t.Errorf("%d were ended, being silent", n)
+	}
 }
 
 // TestProtocolGoesToItsBackend: acme-tls/1 passes through to whoever answers the challenge, and the name's own rule
