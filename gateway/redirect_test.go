@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestRedirectLeadsToTheHostThatWasAsked, or nowhere: what another parser could read as another host is refused.
@@ -179,6 +180,7 @@ func TestHalfARequestMakesRoom(t *testing.T) {
 			c := dialFrom(t, "127.0.3.66", b.addr(0))
 			_, _ = io.WriteString(c, "GET / HT")
 		}
+		time.Sleep(300 * time.Millisecond) // leastArrival is over
 		c := b.dial(t, 0)
 		_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: good.example\r\n\r\n")
 		if answer, err := io.ReadAll(c); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 308 ") {
