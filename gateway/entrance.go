@@ -416,9 +416,10 @@ func (c *conn) holdHandshake(g *lineGate) bool {
 	if c.hold(holdsHandshake, &g.count.shaking, g.handshakes) {
 		return true
 	}
-	silent := c.loop.silentOf(g.count)
-	if silent == nil {
-		return false
+	l := c.loop
+	silent := l.silentOf(g.count)
+	if silent == nil || l.now-silent.hs.begun < leastPatience && l.queue.holds(silent) <= l.queue.holds(c)+1 {
+		return false // nobody, or whoever has just begun and is no crowd
 	}
 	silent.giveUpSilent()
 	return c.hold(holdsHandshake, &g.count.shaking, g.handshakes)

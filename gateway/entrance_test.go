@@ -373,15 +373,17 @@ func TestHandshakesOfALine(t *testing.T) {
 	if err := slow.goOn(); err != nil {
 		t.Fatal(err)
 	}
-	for range 3 {
-		silent := slowClient(t, b.dial(t, 0))
-		exchange(t, b.dialTLS(t, 0, nil), []byte("the next one"))
-		_ = silent.goOn() // the server's word that it is over may be on its way
+	silent := slowClient(t, b.dial(t, 0))
+	if err := tls.Client(b.dial(t, 0), clientConfig(t, nil)).Handshake(); err == nil {
+		t.Error("a newcomer is served, and nobody has had the time to answer")
 	}
-	if n := b.gateway.Status().Handshakes.Silent; n != 3 {
-		t.Errorf("%d gave way, want 3", n)
+	time.Sleep(2 * time.Second) // leastPatience is over
+	exchange(t, b.dialTLS(t, 0, nil), []byte("the next one"))
+	_ = silent.goOn() // the server's word that it is over may be on its way
+	if n := b.gateway.Status().Handshakes.Silent; n != 1 {
+		t.Errorf("%d gave way, want 1", n)
 	}
-	b.refusedBy(t, nil)
+	b.refusedBy(t, map[string]uint64{"handshakes": 1})
 }
 
 // TestHandshakesOfALineAreTakenFromTheCrowd: of the silent ones of a line the source with the most of them loses its oldest, and
@@ -399,18 +401,31 @@ func TestHandshakesOfALineAreTakenFromTheCrowd(t *testing.T) {
 		silent(t, dialFrom(t, "127.0.3.66", b.addr(0)), hello)
 	}
 	for range 40 {
-		silent(t, dialFrom(t, "127.0.3.66", b.addr(0)), hello)
+		crowded(t, b.addr(0), hello)
 		exchange(t, tls.Client(dialFrom(t, "127.0.4.1", b.addr(0)), clientConfig(t, nil)), []byte("from elsewhere"))
-		exchange(t, tls.Client(dialFrom(t, "127.0.3.66", b.addr(0)), clientConfig(t, nil)), []byte("from the same address"))
 	}
 	for _, c := range []*stalled{slow, other} {
 		if err := c.goOn(); err != nil {
 			t.Errorf("a slow client: %v", err)
 		}
 	}
-	b.refusedBy(t, nil)
-	if n := b.gateway.Status().Handshakes.Silent; n < 40 || n > 43 {
+	if n := b.gateway.Status().Handshakes.Silent; n < 39 || n > 43 {
 		t.Errorf("%d were ended, being silent", n)
+	}
+}
+
+// crowded is one more client of a crowded address. It may be turned away; else it says its words, and hears an answer.
+func crowded(t *testing.T, addr string, words []byte) {
+	t.Helper()
+	d := net.Dialer{Timeout: patience, LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 3, 66)}}
+	c, err := d.Dial("tcp", addr)
+	if err != nil {
+		return
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	_ = c.SetDeadline(time.Now().Add(200 * time.Millisecond)) // half a hello has no answer
+	if _, err := c.Write(words); err == nil && len(words) > 0 {
+		_, _ = c.Read(make([]byte, 1))
 	}
 }
 

@@ -177,8 +177,7 @@ func TestHalfARequestMakesRoom(t *testing.T) {
 	for _, rule := range []string{":{0} -> redirect", ":{0} good.example -> redirect"} {
 		b := start(t, rule, "MAX_CONNS=4", "LOOPS=1")
 		for range 12 {
-			c := dialFrom(t, "127.0.3.66", b.addr(0))
-			_, _ = io.WriteString(c, "GET / HT")
+			crowded(t, b.addr(0), []byte("GET / HT"))
 		}
 		time.Sleep(300 * time.Millisecond) // leastArrival is over
 		c := b.dial(t, 0)

@@ -178,11 +178,7 @@ func TestSilenceMakesRoom(t *testing.T) {
 			session := b.dialTLS(t, 0, nil)
 			exchange(t, session, []byte("a session"))
 			for i := range 3 * limit {
-				d := net.Dialer{Timeout: patience, LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 3, 66)}}
-				if c, err := d.Dial("tcp", b.addr(0)); err == nil { // when there is no room it is turned away
-					t.Cleanup(func() { _ = c.Close() })
-					_, _ = c.Write(words)
-				}
+				crowded(t, b.addr(0), words)
 				if i%limit == limit-1 {
 					time.Sleep(300 * time.Millisecond) // they have had their time
 					c := tls.Client(dialFrom(t, "127.0.4.1", b.addr(0)), clientConfig(t, nil))

@@ -21,6 +21,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // Tier is what a test needs beyond a machine with Go.
@@ -98,8 +99,8 @@ func Program(t testing.TB, name, pack string) string {
 // else needs. The blocks lie below the ports that the kernel gives to outgoing connections (32768 and more).
 const (
 	firstBlock = 10000
-	blockSize  = 1000
-	blocks     = 22
+	blockSize  = 2750 // a run of package gateway takes some 1,500
+	blocks     = 8
 )
 
 var (
@@ -108,6 +109,9 @@ var (
 	block   int            // its first port
 	last    int            // the port that was handed out last
 )
+
+// claimPatience is how long a run waits for others to end when all blocks are taken.
+const claimPatience = 2 * time.Minute
 
 // Claim takes a block of ports for this process. It is called by Ports; a program that counts its open descriptors
 // calls it first.
@@ -121,17 +125,19 @@ func claimLocked() error {
 	if claim != nil {
 		return nil
 	}
-	for i := range blocks {
-		first := firstBlock + (os.Getpid()+i)%blocks*blockSize
-		if c, err := net.ListenPacket("udp4", fmt.Sprintf("127.0.0.1:%d", first)); err == nil {
-			claim, block, last = c, first, first
-			return nil
+	for end := time.Now().Add(claimPatience); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		for i := range blocks {
+			first := firstBlock + (os.Getpid()+i)%blocks*blockSize
+			if c, err := net.ListenPacket("udp4", fmt.Sprintf("127.0.0.1:%d", first)); err == nil {
+				claim, block, last = c, first, first
+				return nil
+			}
 		}
 	}
 	return fmt.Errorf("all %d blocks of test ports are taken: are so many tests running?", blocks)
 }
 
-// Ports are n ports in a row, n < 1,000, on which nobody listens. None is handed out a second time before the others of
+// Ports are n ports in a row, n < 2,750, on which nobody listens. None is handed out a second time before the others of
 // the block were.
 func Ports(t testing.TB, n int) []int {
 	t.Helper()
