@@ -16,6 +16,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/tlsnat/tlsnat/gateway/ktls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -26,7 +27,7 @@ func chooser(t testing.TB, rule string) *conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &Gateway{started: time.Now(), log: zap.NewNop(), house: newGatehouse()}
+	g := &Gateway{started: time.Now(), log: zap.NewNop(), house: newGatehouse(), kernel: &ktls.Support{}}
 	g.keeper = newKeeper(g)
 	t.Cleanup(g.keeper.close)
 	gen := g.newGeneration(&Config{Map: m}, nil)

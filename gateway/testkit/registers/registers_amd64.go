@@ -60,12 +60,12 @@ func (s *State) Vectors() error {
 func (s *State) All() error {
 	for i, value := range s.Mask {
 		if value != 0 && value != filling {
-			return fmt.Errorf("K%d is %#x", i, value)
+			return fmt.Errorf("register K%d is %#x", i, value)
 		}
 	}
 	for i, value := range s.General {
 		if value != 0 && value != filling {
-			return fmt.Errorf("R%d is %#x", 8+i, value)
+			return fmt.Errorf("register R%d is %#x", 8+i, value)
 		}
 	}
 	return s.Vectors()
