@@ -84,7 +84,7 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 		r.lifetime = fallback(rule.Options.Lifetime, 0)
 		r.truncation = rule.Options.Truncation
 		r.profile = g.profileFor(gen, last, rule)
-		if g.settings.KTLS != "off" && rule.Options.KTLS != natmap.KTLSOff {
+		if g.kernel != nil && g.settings.KTLS != "off" && rule.Options.KTLS != natmap.KTLSOff {
 			r.kernel = g.kernel
 			r.kernelRX = g.kernel.Mended || g.settings.KTLS == "rx" || rule.Options.KTLS == natmap.KTLSRX
 		}
