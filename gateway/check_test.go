@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -78,7 +79,7 @@ func TestTouchWaitsForAnAnswer(t *testing.T) {
 // connect there is not one where somebody listens.
 func TestTouchTellsWhoListens(t *testing.T) {
 	port := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(unused(t)))
-	path := filepath.Join(t.TempDir(), "socket")
+	path := filepath.Join(testkit.Dir(t), "socket")
 	here, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)

@@ -86,7 +86,7 @@ func runEdge(t testing.TB, mapText string, settings ...string) *edge {
 func startEdge(t testing.TB, cmd *exec.Cmd, ports []int) *edge {
 	t.Helper()
 	e := &edge{bed: bed{ports: ports, log: newLogBook()}, cmd: cmd}
-	ready, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"), Net: "unixgram"})
+	ready, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(testkit.Dir(t), "notify"), Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -125,7 +125,7 @@ func newStageSet(t *testing.T) *stageSet {
 	x := &stageSet{saboteur: &saboteur{}, post: &post{ports: map[string]int{"plain": toPlain, "tls": toTLS, "unix": toUnix, "tcp": toTCP},
 		arrivals: map[string]chan net.Conn{}}}
 	t.Cleanup(gateway.Inject(x.fail))
-	socket := filepath.Join(t.TempDir(), "backend.sock")
+	socket := filepath.Join(testkit.Dir(t), "backend.sock")
 	at := map[string]string{}
 	var listeners []net.Listener
 	var accepting sync.WaitGroup

@@ -36,6 +36,8 @@ import (
 
 	"github.com/pires/go-proxyproto"
 	"github.com/pires/go-proxyproto/tlvparse"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // expect compares what want says of a line; what it leaves out may be anything.
@@ -1513,11 +1515,7 @@ func silentServer(t testing.TB, at string) string {
 }
 
 func TestUnixSocketBackend(t *testing.T) {
-	dir, err := os.MkdirTemp("", "tlsnat") // a path of a socket has 107 bytes at most
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir := testkit.Dir(t)
 	path := filepath.Join(dir, "app.sock")
 	l, err := net.Listen("unix", path)
 	if err != nil {

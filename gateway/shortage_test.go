@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // shortages is how often something could not be done for want of something.
@@ -176,7 +177,7 @@ func TestProcessThatStoodStillBlamesNobody(t *testing.T) {
 // slowSocket listens on a Unix socket with room for two who wait, and takes one in 10 ms.
 func slowSocket(t testing.TB) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "app.sock")
+	path := filepath.Join(testkit.Dir(t), "app.sock")
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -250,7 +251,7 @@ func TestBusyUnixSocketIsWaitedFor(t *testing.T) {
 
 // TestUnixSocketThatStaysBusy: the connection ends when connect= is over, and its line says why.
 func TestUnixSocketThatStaysBusy(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "app.sock")
+	path := filepath.Join(testkit.Dir(t), "app.sock")
 	l, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

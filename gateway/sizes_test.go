@@ -16,6 +16,8 @@ import (
 	_ "unsafe" // for linkname
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // The cipher suites of TLS 1.3 can't be chosen in a tls.Config. These are what crypto/tls offers and prefers; it keeps them
@@ -138,7 +140,7 @@ func newPost(t *testing.T) *post {
 	for i, kind := range []string{"plain", "tls", "unix"} {
 		network, at, to := "tcp", "127.0.0.1:0", ""
 		if kind == "unix" {
-			network, at = "unix", filepath.Join(t.TempDir(), "backend.sock")
+			network, at = "unix", filepath.Join(testkit.Dir(t), "backend.sock")
 		}
 		l, err := net.Listen(network, at)
 		if err != nil {

@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // process is a running program and what it has written.
@@ -397,7 +399,7 @@ func TestGoneLogReaderIsNoEnd(t *testing.T) {
 }
 
 func TestSystemdIsTold(t *testing.T) {
-	socket := filepath.Join(t.TempDir(), "notify")
+	socket := filepath.Join(testkit.Dir(t), "notify")
 	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)

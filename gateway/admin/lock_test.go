@@ -9,11 +9,13 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // TestHeldLockDoesNotKeepItFromStarting: whoever may read the socket's directory can hold its lock for ever.
 func TestHeldLockDoesNotKeepItFromStarting(t *testing.T) {
-	dir := t.TempDir()
+	dir := testkit.Dir(t)
 	d, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)

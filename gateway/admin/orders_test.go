@@ -16,6 +16,7 @@ import (
 
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // line is the last line of the log that has these words; nil if there is none.
@@ -152,7 +153,7 @@ func TestSocketTakesOrders(t *testing.T) {
 // is no socket stays.
 func TestSocketsOfTwoGateways(t *testing.T) {
 	b := start(t)
-	dir := t.TempDir()
+	dir := testkit.Dir(t)
 	path := filepath.Join(dir, "admin.sock")
 	at := func(path string) (*admin.Server, error) {
 		return admin.Start(gateway.Settings{Admin: "off", AdminSocket: path}, b.gateway, "")
@@ -204,7 +205,7 @@ func TestSocketsOfTwoGateways(t *testing.T) {
 // TestSecondGatewayStartsWithoutASocket where somebody else has the one that it would take, and says so.
 func TestSecondGatewayStartsWithoutASocket(t *testing.T) {
 	b := start(t)
-	state := t.TempDir()
+	state := testkit.Dir(t)
 	t.Setenv("RUNTIME_DIRECTORY", state)
 	at := freePort(t)
 	_, port, _ := net.SplitHostPort(at)

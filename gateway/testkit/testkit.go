@@ -94,6 +94,24 @@ func Program(t testing.TB, name, pack string) string {
 	return ""
 }
 
+// Dir is a new directory with a short path, for Unix sockets: their addresses have room for 107 bytes, and t.TempDir,
+// which has the test's name in it, may take more. It goes when the test ends.
+func Dir(t testing.TB) string {
+	t.Helper()
+	parent := os.TempDir()
+	if len(parent) > longestParent {
+		parent = "/tmp"
+	}
+	dir, err := os.MkdirTemp(parent, "t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+const longestParent = 70 // leaves room for "/t", the ten digits of os.MkdirTemp, and names of files
+
 // Ports that tests listen on are chosen before the program under test opens them. Two test runs at once must not choose
 // the same ones, so each process claims a block of them: it holds the UDP port of the block's first number, which nobody
 // else needs. The blocks lie below the ports that the kernel gives to outgoing connections (32768 and more).
