@@ -373,6 +373,7 @@ func TestHandshakesOfALine(t *testing.T) {
 	if err := slow.goOn(); err != nil {
 		t.Fatal(err)
 	}
+	until(t, "its last message has come, and its place is free", func() bool { return b.gateway.Status().Handshakes.Full == 3 })
 	silent := slowClient(t, b.dial(t, 0))
 	if err := tls.Client(b.dial(t, 0), clientConfig(t, nil)).Handshake(); err == nil {
 		t.Error("a newcomer is served, and nobody has had the time to answer")
@@ -395,7 +396,7 @@ func TestHandshakesOfALineAreTakenFromTheCrowd(t *testing.T) {
 	go func() {
 		other.done <- tls.Client(other, clientConfig(t, func(c *tls.Config) { c.ServerName = "a.wild.test" })).Handshake()
 	}()
-	<-other.asked
+	other.awaitFlight(t)
 	slow := slowClient(t, dialFrom(t, "127.0.3.1", b.addr(0)))
 	for range 3 {
 		silent(t, dialFrom(t, "127.0.3.66", b.addr(0)), hello)

@@ -33,8 +33,18 @@ func slowClient(t testing.TB, c net.Conn) *stalled {
 	t.Helper()
 	s := &stalled{Conn: c, asked: make(chan struct{}), resume: make(chan struct{}), done: make(chan error, 1)}
 	go func() { s.done <- tls.Client(s, clientConfig(t, nil)).Handshake() }()
-	<-s.asked
+	s.awaitFlight(t)
 	return s
+}
+
+// awaitFlight returns when the client has the server's flight, and has something to answer.
+func (c *stalled) awaitFlight(t testing.TB) {
+	t.Helper()
+	select {
+	case <-c.asked:
+	case err := <-c.done:
+		t.Fatalf("the server did not go on with the handshake: %v", err)
+	}
 }
 
 func (c *stalled) goOn() error {

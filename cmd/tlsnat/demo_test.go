@@ -14,16 +14,16 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // demoPort has to be free for the demo, which has no settings that could change it.
 func demoPort(t *testing.T) {
 	t.Helper()
-	l, err := net.Listen("tcp", ":8443")
-	if err != nil {
-		absent(t, "port 8443 is taken: %v", err)
+	if testkit.FixedPort(t, 8443) {
+		absent(t, "somebody listens on port 8443")
 	}
-	l.Close()
 }
 
 // TestDemoWorksWithNothingSet types what the demo prints.
@@ -81,6 +81,7 @@ func typed(t *testing.T, line string) (answer demoAnswer) {
 
 // TestDemoSaysWhatToDoAboutATakenPort takes the port if nobody else has.
 func TestDemoSaysWhatToDoAboutATakenPort(t *testing.T) {
+	testkit.FixedPort(t, 8443)
 	if l, err := net.Listen("tcp", ":8443"); err == nil {
 		defer l.Close()
 	}

@@ -155,6 +155,22 @@ func claimLocked() error {
 	return fmt.Errorf("all %d blocks of test ports are taken: are so many tests running?", blocks)
 }
 
+// FixedPort waits until no other test run uses the port, and keeps it for this test: of a program that is started without
+// settings the port is what its manual says. It says whether anybody listens there who is no test.
+func FixedPort(t testing.TB, port int) (taken bool) {
+	t.Helper()
+	for end := time.Now().Add(claimPatience); ; time.Sleep(20 * time.Millisecond) {
+		c, err := net.ListenPacket("udp4", fmt.Sprintf("127.0.0.1:%d", port)) // the claim; nobody needs that
+		if err == nil {
+			t.Cleanup(func() { _ = c.Close() })
+			return !free(port)
+		}
+		if time.Now().After(end) {
+			t.Fatalf("other tests keep port %d: %v", port, err)
+		}
+	}
+}
+
 // Ports are n ports in a row, n < 2,750, on which nobody listens. None is handed out a second time before the others of
 // the block were.
 func Ports(t testing.TB, n int) []int {
