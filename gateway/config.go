@@ -50,7 +50,7 @@ func ReadConfig(s Settings) (*Config, Problems) {
 	return c, problems
 }
 
-// refused says whether there is an error that is not about a single file.
+// Refused says whether there is an error that is not about a single file.
 func (c *Config) refused(problems Problems) bool {
 	return slices.ContainsFunc(problems, func(p Problem) bool { return !p.Warning && !slices.Contains(c.Unusable, p) })
 }
@@ -62,7 +62,8 @@ func (c *Config) unusable(text string) Problem {
 	return p
 }
 
-// readConfig is ReadConfig that returns what was read in any case. What cannot be used of it is taken from before.
+// Reread is ReadConfig for a gateway that runs. It returns what was read in any case (see Refused). What cannot be used of
+// it is taken from before.
 func readConfig(s Settings, before *Config) (*Config, Problems) {
 	c := &Config{Settings: s, before: before}
 	defer func() { c.before = nil }()
@@ -408,3 +409,45 @@ func (c *Config) remedy(r *natmap.Rule) string {
 
 // DemoCertFile is where the demo's certificate is kept.
 func DemoCertFile(s Settings) string { return filepath.Join(s.State, "demo", "self-signed.crt") }
+
+// checkAdmin says which range of the map has the admin's address in it. Of a single port the admin's own attempt to
+// listen would say so; steered connections would just not reach it.
+func (c *Config) checkAdmin() (problems Problems) {
+	at, err := netip.ParseAddrPort(c.Settings.Admin)
+	if err != nil {
+		return nil // off, or a name
+	}
+	for _, l := range c.Map.Listens() {
+		if meets(at.Addr(), l.Addr) && l.Contains(at.Port()) {
+			problems = append(problems, Problem{Text: fmt.Sprintf("%sADMIN=%s: the map listens there, too (%s); give one of the two another port", Prefix, c.Settings.Admin, l)})
+		}
+	}
+	return problems
+}
+
+// meets says whether a connection could reach a listener at admin as well as one at addr, of which the zero Addr is every one.
+func meets(admin, addr netip.Addr) bool {
+	switch {
+	case !addr.IsValid(), admin == netip.IPv6Unspecified():
+		return true
+	case admin.IsUnspecified():
+		return addr.Is4()
+	}
+	return admin.Unmap() == addr
+}
+
+// checkTLVs says when nobody's header is believed, so that there are no TLVs.
+func (c *Config) checkTLVs() (problems Problems) {
+	if len(c.Settings.ProxyFrom) > 0 {
+		return nil
+	}
+	for _, r := range c.Map.Rules {
+		for _, s := range r.Settings {
+			if s.Key == "forward-tlvs" && s.Value != "off" || s.Key == "log-tlvs" && s.Value != "off" {
+				text := fmt.Sprintf("%s: %s= does nothing: no PROXY header is believed; set %sPROXY_FROM to the addresses of the load balancer", s.Pos, s.Key, Prefix)
+				return Problems{{true, text}} // once: it is about the setting
+			}
+		}
+	}
+	return nil
+}

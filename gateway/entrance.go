@@ -527,6 +527,6 @@ func (g *Gateway) tables() []TableUsage {
 		{"conns-per-ip", conns.Entries, conns.Limit},
 		{"rate-per-ip", rates.Entries, rates.Limit},
 		{"log-sources", sources, sampleSources * len(g.loops)},
-		{"prefixes", g.current.Load().config.lists.prefixes, maxPrefixes},
+		{"prefixes", g.current.Load().config.Prefixes(), maxPrefixes},
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -128,13 +127,6 @@ func (g *Gateway) profileFor(gen, last *generation, rule *natmap.Rule) *profile 
 	return gen.profiles[key]
 }
 
-func (s *Settings) minTLS() uint16 {
-	if s.MinTLS == "1.3" {
-		return tls.VersionTLS13
-	}
-	return tls.VersionTLS12
-}
-
 // port is what a listener on the address and port serves.
 func (gen *generation) port(addr netip.Addr, port uint16) *portRules {
 	p := gen.config.Map.Port(addr, port)
@@ -178,37 +170,3 @@ func (k *ticketKeeper) config() *tls.Config {
 	k.current.Store(c)
 	return c.config
 }
-
-// Problem is one complaint about what an operator wrote.
-type Problem struct {
-	Warning bool
-	Text    string // place: what is wrong; what to write instead
-}
-
-const warningPrefix = "warning: "
-
-func (p Problem) String() string {
-	if p.Warning {
-		return warningPrefix + p.Text
-	}
-	return p.Text
-}
-
-// Problems are all complaints, in the order of the files.
-type Problems []Problem
-
-// Errors says whether there is an error among them.
-func (ps Problems) Errors() bool {
-	return slices.ContainsFunc(ps, func(p Problem) bool { return !p.Warning })
-}
-
-// Lines are all of them, one line each.
-func (ps Problems) Lines() []string {
-	lines := make([]string, len(ps))
-	for i, p := range ps {
-		lines[i] = p.String()
-	}
-	return lines
-}
-
-func (ps Problems) String() string { return strings.Join(ps.Lines(), "\n") }

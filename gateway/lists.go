@@ -44,6 +44,9 @@ type madeSet struct {
 // Gate is the set of addresses that a rule lets in. It is nil where everybody may come.
 func (c *Config) Gate(r *natmap.Rule) *gate.Set { return c.lists.sets[r] }
 
+// Prefixes is how many prefixes the sets of all rules have.
+func (c *Config) Prefixes() int { return c.lists.prefixes }
+
 // ListFiles are the paths of the files that allow= and deny= name, in order.
 func (c *Config) ListFiles() []string {
 	files := make([]string, 0, len(c.lists.files))

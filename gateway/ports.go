@@ -484,24 +484,9 @@ func (l *layout) fits(loops int, why error) error {
 }
 
 // CheckSockets says whether whoever runs this may open the sockets that the map needs. Nothing is opened.
-func (c *Config) CheckSockets() error {
+func CheckSockets(c *Config) error {
 	why := maySteer(c.Map)
 	return (&layout{}).next(c.Map, why == nil).fits(c.Settings.Loops, why)
-}
-
-// checkAdmin says which range of the map has the admin's address in it. Of a single port the admin's own attempt to
-// listen would say so; steered connections would just not reach it.
-func (c *Config) checkAdmin() (problems Problems) {
-	at, err := netip.ParseAddrPort(c.Settings.Admin)
-	if err != nil {
-		return nil // off, or a name
-	}
-	for _, l := range c.Map.Listens() {
-		if (steer.Socket{Addr: at.Addr(), Port: at.Port()}).Meets(l.Addr) && l.Contains(at.Port()) {
-			problems = append(problems, Problem{Text: fmt.Sprintf("%sADMIN=%s: the map listens there, too (%s); give one of the two another port", Prefix, c.Settings.Admin, l)})
-		}
-	}
-	return problems
 }
 
 // Steering says whether wide port ranges can be steered, in words.

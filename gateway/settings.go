@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -345,6 +346,14 @@ func (s *Settings) fillIn() {
 	if s.State == "" {
 		s.State = defaultState()
 	}
+}
+
+// minTLS is the oldest version of TLS that is spoken, as crypto/tls numbers it.
+func (s *Settings) minTLS() uint16 {
+	if s.MinTLS == "1.3" {
+		return tls.VersionTLS13
+	}
+	return tls.VersionTLS12
 }
 
 // Trusts says whether connections from the address begin with a PROXY header, which is believed.

@@ -139,19 +139,3 @@ func (g gates) tlvs(e endpoint) *natmap.TLVTypes {
 	}
 	return wanted
 }
-
-// checkTLVs says when nobody's header is believed, so that there are no TLVs.
-func (c *Config) checkTLVs() (problems Problems) {
-	if len(c.Settings.ProxyFrom) > 0 {
-		return nil
-	}
-	for _, r := range c.Map.Rules {
-		for _, s := range r.Settings {
-			if s.Key == "forward-tlvs" && s.Value != "off" || s.Key == "log-tlvs" && s.Value != "off" {
-				text := fmt.Sprintf("%s: %s= does nothing: no PROXY header is believed; set %sPROXY_FROM to the addresses of the load balancer", s.Pos, s.Key, Prefix)
-				return Problems{{true, text}} // once: it is about the setting
-			}
-		}
-	}
-	return nil
-}

@@ -44,7 +44,7 @@ func mayBeTransparent() error {
 		return err
 	}
 	defer unix.Close(fd)
-	return setTransparent(fd, unix.AF_INET)
+	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1)
 }
 
 // clientsLike are addresses that no machine has (RFC 5737, RFC 3849), of the families that the rule's backends may have.

@@ -32,7 +32,7 @@ func (p *program) check(args []string) int {
 	if config == nil || problems.Errors() {
 		return exitInput
 	}
-	if err := config.CheckSockets(); err != nil {
+	if err := gateway.CheckSockets(config); err != nil {
 		return p.cannot(err)
 	}
 	ports, certificates := 0, len(config.Certs.Served(time.Now()))
