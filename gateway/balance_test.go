@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 
 	"github.com/tlsnat/tlsnat/gateway/ktls"
@@ -30,7 +32,7 @@ func chooser(t testing.TB, rule string) *conn {
 	g := &Gateway{started: time.Now(), log: zap.NewNop(), house: newGatehouse(), kernel: &ktls.Support{}}
 	g.keeper = newKeeper(g)
 	t.Cleanup(g.keeper.close)
-	gen := g.newGeneration(&Config{Map: m}, nil)
+	gen := g.newGeneration(&config.Config{Map: m}, nil)
 	g.current.Store(gen)
 	c := &conn{loop: &loop{gw: g}, route: gen.routes[m.Rules[0]]}
 	c.report.listen = &listener{port: m.Rules[0].Listen.Lo}
@@ -314,7 +316,7 @@ func TestSlowStartEndsAfterAReload(t *testing.T) {
 		k.warm(s)
 	}
 	warm()
-	gen := g.newGeneration(&Config{Map: m}, g.current.Load())
+	gen := g.newGeneration(&config.Config{Map: m}, g.current.Load())
 	g.current.Store(gen)
 	k.adopt(gen)
 	for range 2 {
@@ -376,7 +378,7 @@ func TestNamesWaitForDNSTogether(t *testing.T) {
 		fmt.Fprintf(&rules, ":%d -> n%d.test:80 mode=tcp\n", i+1, i)
 	}
 	gen := chooser(t, rules.String()).loop.gw.current.Load()
-	gen.config.Settings = Settings{Resolver: silent.LocalAddr().String()}
+	gen.config.Settings = config.Settings{Resolver: silent.LocalAddr().String()}
 	began := time.Now()
 	if problems := gen.resolve(t.Context()); len(problems) != 70 {
 		t.Errorf("%d problems, of 70 names", len(problems))

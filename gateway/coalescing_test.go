@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // TestSharedCertificateWithHTTP2IsWarnedOf: if browsers would mix two names up, and only then.
@@ -43,11 +43,11 @@ func TestSharedCertificateWithHTTP2IsWarnedOf(t *testing.T) {
 		{":9443 x.test -> 127.0.0.1:1 alpn=h2;:9443 z.test -> 127.0.0.1:2 alpn=h2", nil},
 		{":9443 a.shop.test -> 127.0.0.1:1 alpn=h2;:9443 b.shop.test -> 127.0.0.1:2 alpn=h2;:9443 c.shop.test -> 127.0.0.1:3 alpn=h2", []string{"a.shop.test"}},
 	} {
-		s, err := gateway.ReadSettings([]string{"TLSNAT_MAP=" + c.rules, "TLSNAT_CERTS=" + dir, "TLSNAT_ADMIN=off"})
+		s, err := config.ReadSettings([]string{"TLSNAT_MAP=" + c.rules, "TLSNAT_CERTS=" + dir, "TLSNAT_ADMIN=off"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		config, problems := gateway.ReadConfig(s)
+		config, problems := config.Read(s)
 		said := problems.String()
 		if config == nil || len(problems) != min(1, len(c.both)) || slices.ContainsFunc(c.both, func(name string) bool { return !strings.Contains(said, name) }) {
 			t.Errorf("%s:\n%s", c.rules, said)

@@ -19,9 +19,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
-	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
@@ -68,10 +69,10 @@ func edgeCommand(t testing.TB, mapText string, settings []string, wrapper ...str
 	text, ports := fillPorts(t, mapText)
 	words := append(wrapper, path, "run")
 	cmd := command(t, words[0], words[1:]...)
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), gateway.Prefix + "MAP=" + text,
-		gateway.Prefix + "CERTS=" + pki(t).directory(t), gateway.Prefix + "ADMIN=off", gateway.Prefix + "LOG_LEVEL=debug"}
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), config.Prefix + "MAP=" + text,
+		config.Prefix + "CERTS=" + pki(t).directory(t), config.Prefix + "ADMIN=off", config.Prefix + "LOG_LEVEL=debug"}
 	for _, kv := range settings {
-		cmd.Env = append(cmd.Env, gateway.Prefix+kv)
+		cmd.Env = append(cmd.Env, config.Prefix+kv)
 	}
 	return cmd, ports
 }

@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
@@ -34,9 +36,9 @@ type encryption struct {
 	lacks      string // what of all that could not be read, so that no connection is made; "": nothing
 }
 
-func (g *Gateway) newEncryption(c *Config, rule *natmap.Rule) *encryption {
+func (g *Gateway) newEncryption(c *config.Config, rule *natmap.Rule) *encryption {
 	o := &rule.Options
-	e := &encryption{minTLS: g.settings.minTLS(), unverified: o.BackendUnverified}
+	e := &encryption{minTLS: g.settings.OldestTLS(), unverified: o.BackendUnverified}
 	if a := c.BackendCAs[o.BackendCA]; a != nil {
 		e.roots = a.Pool
 		if len(a.Certs) == 0 {

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -40,10 +42,10 @@ var refusalTexts = [refusals]string{"",
 	"the client has as many connections open as conns-per-ip= lets it",
 	"as many connections are open as conns= lets the rule have",
 	"as many handshakes are under way as handshakes= lets the rule have",
-	Prefix + "MAX_CONNS connections are open",
-	"as many hellos wait already as the loop's part of " + Prefix + "HANDSHAKES lets",
+	config.Prefix + "MAX_CONNS connections are open",
+	"as many hellos wait already as the loop's part of " + config.Prefix + "HANDSHAKES lets",
 	"every backend has max-conns= connections",
-	"what the other connections' destinations do not take fills the loop's part of " + Prefix + "MEMORY",
+	"what the other connections' destinations do not take fills the loop's part of " + config.Prefix + "MEMORY",
 }
 
 func (r refusal) String() string { return refusalNames[r] }
@@ -315,7 +317,7 @@ func (g *gateMaker) line(rule *natmap.Rule) ruleKey {
 // that comes to the rules below it. The name of it does not change when a line is added elsewhere or the number is
 // another one, so that a reload does not begin to count from zero.
 func (g *gateMaker) scope(rule *natmap.Rule, key string) uint64 {
-	s := settingOf(rule, key)
+	s := config.SettingOf(rule, key)
 	if !s.Default {
 		return maphash.Comparable(g.house.seed, struct {
 			key  string
@@ -394,7 +396,7 @@ func (c *conn) passGate() refusal {
 	if g.most > 0 && !c.hold(holdsConn, &g.count.open, g.most) {
 		return refusedConns
 	}
-	if g.handshakes > 0 && terminates(c.route.rule) && !c.holdHandshake(g) {
+	if g.handshakes > 0 && config.Terminates(c.route.rule) && !c.holdHandshake(g) {
 		return refusedHandshakes
 	}
 	return notRefused
@@ -527,6 +529,6 @@ func (g *Gateway) tables() []TableUsage {
 		{"conns-per-ip", conns.Entries, conns.Limit},
 		{"rate-per-ip", rates.Entries, rates.Limit},
 		{"log-sources", sources, sampleSources * len(g.loops)},
-		{"prefixes", g.current.Load().config.Prefixes(), maxPrefixes},
+		{"prefixes", g.current.Load().config.Prefixes(), config.MaxPrefixes},
 	}
 }

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
@@ -463,11 +465,11 @@ func TestListComplaintsHaveTheirPlace(t *testing.T) {
 	}
 	list := write("list.txt", "10.0.0.0/8\n10.0.0.1/9\n\n  bank\n")
 	mapFile := write("edge.natmap", ":1 -> 127.0.0.1:1 mode=tcp deny=@"+list+"\n:2 -> 127.0.0.1:1 mode=tcp allow=192.0.2.7,@missing.txt\n:3 -> 127.0.0.1:1 mode=tcp allow=10.0.0.0/8 deny=10.0.0.0/8")
-	s, err := gateway.ReadSettings([]string{gateway.Prefix + "MAP_FILE=" + mapFile, gateway.Prefix + "STATE=" + dir})
+	s, err := config.ReadSettings([]string{config.Prefix + "MAP_FILE=" + mapFile, config.Prefix + "STATE=" + dir})
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, problems := gateway.ReadConfig(s)
+	config, problems := config.Read(s)
 	got := problems.String()
 	for _, want := range []string{
 		list + `:2:1: "10.0.0.1/9" has bits behind its prefix; write 10.0.0.0/9, or 10.0.0.1 for the address alone`,

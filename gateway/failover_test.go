@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 )
 
@@ -284,7 +286,7 @@ func (n *network) tell(t testing.TB, admin string, words ...string) string {
 		t.Fatal(err)
 	}
 	cmd := command(t, program(t, "ip", "iproute2"), append([]string{"netns", "exec", n.edge, path}, words...)...)
-	cmd.Env = []string{gateway.Prefix + admin, gateway.Prefix + adminToken, "HOME=" + t.TempDir()}
+	cmd.Env = []string{config.Prefix + admin, config.Prefix + adminToken, "HOME=" + t.TempDir()}
 	return run(t, cmd, "")
 }
 

@@ -26,6 +26,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -35,7 +37,7 @@ import (
 
 // Gateway is a running gateway.
 type Gateway struct {
-	settings Settings
+	settings config.Settings
 	started  time.Time
 	log      *zap.Logger
 	lines    *lineBuffer
@@ -64,7 +66,7 @@ type Gateway struct {
 }
 
 // New makes a gateway that logs to out. Nothing listens yet.
-func New(c *Config, out io.Writer) (*Gateway, error) {
+func New(c *config.Config, out io.Writer) (*Gateway, error) {
 	keys, err := certs.NewTickets(nil)
 	if err != nil {
 		return nil, fmt.Errorf("make session ticket keys: %w", err)

@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway/certs"
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
@@ -22,7 +24,7 @@ import (
 type generation struct {
 	number   uint64
 	made     time.Time
-	config   *Config
+	config   *config.Config
 	routes   map[*natmap.Rule]*route
 	byKey    map[ruleKey]*route
 	profiles map[string]*profile
@@ -68,7 +70,7 @@ func (p *portRules) match(name string, offered []string) *route {
 
 // newGeneration makes a generation of a configuration. From the last one, nil at the start, it takes over what doesn't
 // depend on it: handshakers of the same options, the rules' counters.
-func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
+func (g *Gateway) newGeneration(c *config.Config, last *generation) *generation {
 	if last == nil {
 		last = &generation{}
 	}
@@ -87,7 +89,7 @@ func (g *Gateway) newGeneration(c *Config, last *generation) *generation {
 			r.kernel = g.kernel
 			r.kernelRX = g.kernel.Mended || g.settings.KTLS == "rx" || rule.Options.KTLS == natmap.KTLSRX
 		}
-		if encrypts(rule) {
+		if config.Encrypts(rule) {
 			r.encryption = g.newEncryption(c, rule)
 		}
 		r.fillPool(&rule.Options.Pool)
@@ -118,7 +120,7 @@ func fallback(d, setting time.Duration) time.Duration {
 
 // profileFor is the profile of the rule's TLS options, shared with the other rules that have the same.
 func (g *Gateway) profileFor(gen, last *generation, rule *natmap.Rule) *profile {
-	minTLS := cmp.Or(rule.Options.MinTLS, g.settings.minTLS())
+	minTLS := cmp.Or(rule.Options.MinTLS, g.settings.OldestTLS())
 	alpn := rule.Options.Protocols()
 	key := fmt.Sprint(minTLS, alpn)
 	if gen.profiles[key] == nil {

@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
@@ -124,7 +126,7 @@ func (c *conn) asked() netip.Addr {
 
 func (c *conn) noCertificate() string {
 	if c.report.sni != "" {
-		return "a rule matches, but no certificate in " + Prefix + "CERTS is for this name"
+		return "a rule matches, but no certificate in " + config.Prefix + "CERTS is for this name"
 	}
 	return "the client sent no name, and it is not clear which certificate it should see: write cert=NAME into the rule"
 }
@@ -256,7 +258,7 @@ func (c *conn) giveUpSilent() {
 		c.report.hurried = silence < l.gw.settings.HelloTimeout
 		l.counters.silent.Add(1)
 	}
-	c.giveUpHandshake(fmt.Sprintf("the client did not answer within %v (%sHELLO_TIMEOUT; less while many are silent)", silence.Round(time.Millisecond), Prefix))
+	c.giveUpHandshake(fmt.Sprintf("the client did not answer within %v (%sHELLO_TIMEOUT; less while many are silent)", silence.Round(time.Millisecond), config.Prefix))
 	c.leavePlaces()
 	c.release(holdsHandshake)
 }

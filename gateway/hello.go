@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/starttls"
@@ -81,7 +83,7 @@ func (c *conn) notTLS(b []byte, err error) stage {
 	}
 	if startsProxyHeader(b) {
 		return c.refuse(BadProxy, alertDecodeError,
-			"a PROXY header from "+c.report.peer.Addr().String()+", which is not in "+Prefix+"PROXY_FROM")
+			"a PROXY header from "+c.report.peer.Addr().String()+", which is not in "+config.Prefix+"PROXY_FROM")
 	}
 	if sni.LooksLikeHTTP(b) {
 		c.tell(BadHello, "plain HTTP on a TLS port")

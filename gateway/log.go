@@ -9,13 +9,15 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
 
 // newLogger writes lines as the settings say, through a buffer: a loop that ends a connection must not wait for a
 // disk or a pipe.
-func newLogger(s *Settings, out *lineBuffer) *zap.Logger {
+func newLogger(s *config.Settings, out *lineBuffer) *zap.Logger {
 	level, err := zapcore.ParseLevel(s.LogLevel)
 	if err != nil {
 		level = zapcore.InfoLevel

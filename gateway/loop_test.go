@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/record"
@@ -44,15 +46,15 @@ func newStill(t testing.TB, mapText string, settings ...string) *still {
 // configured makes a gateway with those settings (without the prefix), which has not been started.
 func configured(t testing.TB, settings ...string) *Gateway {
 	t.Helper()
-	environ := []string{Prefix + "STATE=" + t.TempDir()}
+	environ := []string{config.Prefix + "STATE=" + t.TempDir()}
 	for _, kv := range settings {
-		environ = append(environ, Prefix+kv)
+		environ = append(environ, config.Prefix+kv)
 	}
-	s, err := ReadSettings(environ)
+	s, err := config.ReadSettings(environ)
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, problems := ReadConfig(s)
+	config, problems := config.Read(s)
 	if config == nil {
 		t.Fatal(problems)
 	}

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync/atomic"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -466,7 +468,7 @@ func (g *Gateway) tellPorts(o *opening) {
 // the loops' pipes and pollers, and what they listen on.
 func (l *layout) reserved(loops int) int {
 	const others = 16
-	return others + AdminClients() + AdminSpares + loops*(len(l.plain)+len(l.anchors)+2*pipesFor(loops)+4)
+	return others + config.AdminClients() + config.AdminSpares + loops*(len(l.plain)+len(l.anchors)+2*pipesFor(loops)+4)
 }
 
 // fits says whether there are descriptors enough for so many loops. why is the reason that wide ranges aren't steered.
@@ -484,7 +486,7 @@ func (l *layout) fits(loops int, why error) error {
 }
 
 // CheckSockets says whether whoever runs this may open the sockets that the map needs. Nothing is opened.
-func CheckSockets(c *Config) error {
+func CheckSockets(c *config.Config) error {
 	why := maySteer(c.Map)
 	return (&layout{}).next(c.Map, why == nil).fits(c.Settings.Loops, why)
 }

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -157,7 +159,7 @@ func TestSteeredPortHasItsOwnRules(t *testing.T) {
 	g.keeper = newKeeper(g)
 	t.Cleanup(g.keeper.close)
 	m := mustParse(t, ":2000-2999 -> 10.0.0.1:= mode=pass; :2100-2199 a.test -> 10.0.0.2:= mode=pass; :3000-3099 -> 10.0.0.3:= mode=tcp; :2150 a.b.test -> 10.0.0.4:1 mode=pass")
-	gen := g.newGeneration(&Config{Map: m}, nil)
+	gen := g.newGeneration(&config.Config{Map: m}, nil)
 	l := (&layout{}).next(m, true)
 	w := gen.wideRules(l, netip.Addr{})
 	if len(w.spans) != 6 {
@@ -176,7 +178,7 @@ func TestSteeredPortHasItsOwnRules(t *testing.T) {
 		}
 	}
 	less := mustParse(t, ":2000-2063 -> 10.0.0.1:= mode=tcp")
-	later := g.newGeneration(&Config{Map: less}, gen)
+	later := g.newGeneration(&config.Config{Map: less}, gen)
 	now := later.wideRules(l.next(less, true), netip.Addr{})
 	now.before = w
 	if at, rules := now.at(2010); at != later || rules.plain == nil {

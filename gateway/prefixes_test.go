@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -30,7 +32,7 @@ func TestPrefixesMeanTheSameEverywhere(t *testing.T) {
 		if text == "" {
 			continue // the setting is not set
 		}
-		s, err := ReadSettings([]string{"TLSNAT_PROXY_FROM=" + text})
+		s, err := config.ReadSettings([]string{"TLSNAT_PROXY_FROM=" + text})
 		if (err == nil) != (want != "") || want != "" && (len(s.ProxyFrom) != 1 || s.ProxyFrom[0] != p) {
 			t.Errorf("%q in a setting: %v, %v; want %q", text, s.ProxyFrom, err, want)
 		}
@@ -38,7 +40,7 @@ func TestPrefixesMeanTheSameEverywhere(t *testing.T) {
 			t.Errorf("%q does not hold %v", text, p.Addr())
 		}
 	}
-	s, err := ReadSettings([]string{"TLSNAT_PROXY_FROM=10.1.2.3/8"}) // as ever
+	s, err := config.ReadSettings([]string{"TLSNAT_PROXY_FROM=10.1.2.3/8"}) // as ever
 	if err != nil || !s.Trusts(netip.MustParseAddr("10.9.9.9")) {
 		t.Errorf("%v, %v", s.ProxyFrom, err)
 	}
@@ -64,14 +66,14 @@ func TestSettingsNameWhatCannotBeSeen(t *testing.T) {
 		"ADMIN_TOKEN=secr\r":   "TLSNAT_ADMIN_TOKEN: ends in a carriage return",
 		"KTLS=\u202eotua":      `TLSNAT_KTLS="\u202eotua": write auto, rx or off`,
 	} {
-		_, err := ReadSettings([]string{Prefix + kv})
+		_, err := config.ReadSettings([]string{config.Prefix + kv})
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secr") {
 			t.Errorf("%q: %v, want %q", kv, err, want)
 		} else if strings.ContainsAny(err.Error(), "\r\x1b\n") {
 			t.Errorf("%q: %q", kv, err)
 		}
 	}
-	if _, err := ReadSettings([]string{"TLSNAT_MAP=:1 -> demo\r\n:2 -> demo\r\n"}); err != nil {
+	if _, err := config.ReadSettings([]string{"TLSNAT_MAP=:1 -> demo\r\n:2 -> demo\r\n"}); err != nil {
 		t.Errorf("lines of a map from Windows: %v", err)
 	}
 	if _, err := natmap.Parse(natmap.Source{Name: "m", Text: "\ufeff:1 -> demo\r\n:2 -> demo\r\n"}); err != nil {

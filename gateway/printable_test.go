@@ -13,6 +13,8 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 )
 
@@ -75,7 +77,7 @@ func linesOf(t *testing.T, format string, write func(*zap.Logger)) string {
 	}
 	defer r.Close()
 	b := newLineBuffer(w)
-	write(newLogger(&Settings{LogFormat: format, LogLevel: "info"}, b))
+	write(newLogger(&config.Settings{LogFormat: format, LogLevel: "info"}, b))
 	b.close()
 	w.Close()
 	text, err := io.ReadAll(r)

@@ -12,6 +12,8 @@ import (
 	"net"
 	"net/netip"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/pires/go-proxyproto"
 	"github.com/pires/go-proxyproto/tlvparse"
 
@@ -28,7 +30,7 @@ const (
 // v1Start is what a header of version 1 begins with, in capitals (PROXY protocol, section 2.1).
 var v1Start = []byte("PROXY ")
 
-var errNotProxy = errors.New("no PROXY header, which is demanded from this address (" + Prefix + "PROXY_FROM)")
+var errNotProxy = errors.New("no PROXY header, which is demanded from this address (" + config.Prefix + "PROXY_FROM)")
 
 // readProxyHeader takes the PROXY header off a connection from a load balancer that is trusted (PROXY protocol,
 // sections 2.1 and 2.2). What follows it stays in pending.
@@ -300,7 +302,7 @@ func (c *conn) greet() stage {
 // the map says may.
 func (c *conn) checkTLS() error {
 	switch b := c.dial.backend; {
-	case terminates(c.route.rule) && c.client.tls == nil && !c.cancels:
+	case config.Terminates(c.route.rule) && c.client.tls == nil && !c.cancels:
 		return errors.New("the rule terminates TLS, and the client has none")
 	case b.spec != nil && b.spec.TLS && c.backend.tls == nil:
 		return errors.New("the map says tls://, and the backend is spoken to in the clear")

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -60,7 +62,7 @@ func (g *Gateway) Reload() Reloaded {
 
 func (g *Gateway) reload(r *Reloaded) {
 	g.noteFiles()
-	c, problems := readConfig(g.settings, g.current.Load().config)
+	c, problems := config.Reread(g.settings, g.current.Load().config)
 	lists := c.ListFiles()
 	g.reloads.lists.Store(&lists)
 	for _, p := range problems {
@@ -70,7 +72,7 @@ func (g *Gateway) reload(r *Reloaded) {
 		r.Problems = append(r.Problems, "the gateway drains and takes no new configuration; start it again")
 		return
 	}
-	if c.refused(problems) {
+	if c.Refused(problems) {
 		return
 	}
 	r.Unusable = len(c.Unusable)
@@ -96,11 +98,11 @@ func aside(f func()) {
 }
 
 // change makes the configuration the current one, or returns why it can't and leaves everything as it is.
-func (g *Gateway) change(c *Config, r *Reloaded) error {
+func (g *Gateway) change(c *config.Config, r *Reloaded) error {
 	last := g.current.Load()
 	gen := g.newGeneration(c, last)
 	for _, p := range gen.resolve(context.Background()) {
-		r.Problems = append(r.Problems, warningPrefix+p)
+		r.Problems = append(r.Problems, config.WarningPrefix+p)
 	}
 	had := g.ports.layout
 	o, err := g.openPorts(gen)
@@ -355,7 +357,7 @@ func (g *Gateway) noteReload(r *Reloaded) {
 func LogProblems(log *zap.Logger, problems []string) {
 	const enough = 20 // lines of the log
 	warnings := func(p string) int {
-		if strings.HasPrefix(p, warningPrefix) {
+		if strings.HasPrefix(p, config.WarningPrefix) {
 			return 1
 		}
 		return 0
@@ -367,7 +369,7 @@ func LogProblems(log *zap.Logger, problems []string) {
 			log.Warn(fmt.Sprintf("and %d more; 'tlsnat check' lists them all", len(sorted)-enough))
 			return
 		case warnings(p) > 0:
-			log.Warn(strings.TrimPrefix(p, warningPrefix))
+			log.Warn(strings.TrimPrefix(p, config.WarningPrefix))
 		default:
 			log.Error(p)
 		}

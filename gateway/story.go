@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -148,7 +150,7 @@ func (c *conn) due() {
 		c.setDeadline(0) // it has something to do, and is waiting for its turn
 	case c.spared():
 	case c.undecided():
-		c.finish(HelloTimeout, fmt.Sprintf("only %d bytes of it came within %sHELLO_TIMEOUT", len(c.pending), Prefix))
+		c.finish(HelloTimeout, fmt.Sprintf("only %d bytes of it came within %sHELLO_TIMEOUT", len(c.pending), config.Prefix))
 	case c.stage == waitingTurn:
 		l.queue.remove(c)
 		c.finish(Limited, "waited too long for its turn to shake hands")

@@ -37,6 +37,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
@@ -111,16 +113,16 @@ func start(t testing.TB, mapText string, settings ...string) *bed {
 	b := &bed{log: newLogBook(), certs: pki(t).directory(t)}
 	mapText, b.ports = fillPorts(t, mapText)
 	// Whatever the kernel: that it opens what is received is tested where it can.
-	environ := []string{gateway.Prefix + "KTLS=rx", gateway.Prefix + "MAP=" + mapText, gateway.Prefix + "CERTS=" + b.certs,
-		gateway.Prefix + "STATE=" + t.TempDir(), gateway.Prefix + "LOG_LEVEL=debug", gateway.Prefix + "LOOPS=2"}
+	environ := []string{config.Prefix + "KTLS=rx", config.Prefix + "MAP=" + mapText, config.Prefix + "CERTS=" + b.certs,
+		config.Prefix + "STATE=" + t.TempDir(), config.Prefix + "LOG_LEVEL=debug", config.Prefix + "LOOPS=2"}
 	for _, kv := range settings {
-		environ = append(environ, gateway.Prefix+kv)
+		environ = append(environ, config.Prefix+kv)
 	}
-	s, err := gateway.ReadSettings(environ)
+	s, err := config.ReadSettings(environ)
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, problems := gateway.ReadConfig(s)
+	config, problems := config.Read(s)
 	if config == nil {
 		t.Fatalf("%v\n%s", problems, mapText)
 	}

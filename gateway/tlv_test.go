@@ -13,9 +13,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/pires/go-proxyproto"
+	"github.com/tlsnat/tlsnat/gateway/config"
 
-	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/pires/go-proxyproto"
 )
 
 // awsHeader is what a Network Load Balancer sends of a connection through a VPC endpoint: the bytes of AWS's own test
@@ -212,11 +212,11 @@ func TestTLVsOfStrangersAreNotLogged(t *testing.T) {
 // TestTLVsWithoutALoadBalancerAreWarnedOf: nobody's header is believed, so there are none.
 func TestTLVsWithoutALoadBalancerAreWarnedOf(t *testing.T) {
 	for setting, want := range map[string]int{"PROXY_FROM=": 1, "PROXY_FROM=10.0.0.0/8": 0} {
-		s, err := gateway.ReadSettings([]string{gateway.Prefix + "MAP=:1 -> 10.0.0.1:1 mode=tcp log-tlvs=aws", gateway.Prefix + setting})
+		s, err := config.ReadSettings([]string{config.Prefix + "MAP=:1 -> 10.0.0.1:1 mode=tcp log-tlvs=aws", config.Prefix + setting})
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, problems := gateway.ReadConfig(s)
+		_, problems := config.Read(s)
 		if problems.Errors() || len(problems) != want || want == 1 && !strings.Contains(problems.String(), ":1:27: log-tlvs= does nothing: ") {
 			t.Errorf("%s: %v", setting, problems)
 		}

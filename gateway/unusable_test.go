@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
@@ -207,11 +209,11 @@ func TestMapDirectoryHasWhatEditorsLeave(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, "20.natmap"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	s, err := gateway.ReadSettings([]string{"TLSNAT_MAP_FILE=" + dir, "TLSNAT_ADMIN=off"})
+	s, err := config.ReadSettings([]string{"TLSNAT_MAP_FILE=" + dir, "TLSNAT_ADMIN=off"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, problems := gateway.ReadConfig(s)
+	config, problems := config.Read(s)
 	if config == nil || len(config.Map.Rules) != 1 || len(problems) != 1 || !strings.Contains(problems.String(), "20.natmap: is a directory") {
 		t.Errorf("%v", problems)
 	}
@@ -229,11 +231,11 @@ func TestPipesAreNotWaitedFor(t *testing.T) {
 		{"TLSNAT_MAP_FILE=" + dir},
 		{"TLSNAT_MAP=:9443 -> 127.0.0.1:1 mode=tcp deny=@" + pipe},
 	} {
-		s, err := gateway.ReadSettings(append(settings, "TLSNAT_ADMIN=off"))
+		s, err := config.ReadSettings(append(settings, "TLSNAT_ADMIN=off"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, problems := gateway.ReadConfig(s); !problems.Errors() || !strings.Contains(problems.String(), "is not a regular file") {
+		if _, problems := config.Read(s); !problems.Errors() || !strings.Contains(problems.String(), "is not a regular file") {
 			t.Errorf("%v: %v", settings, problems)
 		}
 	}
@@ -256,11 +258,11 @@ func TestMapsAndListsFromWindows(t *testing.T) {
 		{"both", strings.ReplaceAll(text, "\n", "\r\n"), 2},
 		{"a mark at the start and in the middle", "\ufeff" + strings.ReplaceAll(text, "\n:", "\n\ufeff:"), 2},
 	} {
-		s, err := gateway.ReadSettings([]string{"TLSNAT_MAP_FILE=" + writeFile(t, "edge.natmap", []byte(c.content)), "TLSNAT_ADMIN=off"})
+		s, err := config.ReadSettings([]string{"TLSNAT_MAP_FILE=" + writeFile(t, "edge.natmap", []byte(c.content)), "TLSNAT_ADMIN=off"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		config, problems := gateway.ReadConfig(s)
+		config, problems := config.Read(s)
 		if c.rules == 0 && !strings.Contains(problems.String(), "is text in UTF-16") || c.rules > 0 && (config == nil || len(config.Map.Rules) != c.rules) {
 			t.Errorf("%s: %v", c.name, problems)
 		}

@@ -21,6 +21,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
@@ -456,12 +458,12 @@ func TestAdminInsideARangeIsAnError(t *testing.T) {
 		{"127.0.0.1:9180", ":9181-9999", false},
 		{"off", ":9000-9999", false},
 	} {
-		s, err := gateway.ReadSettings([]string{gateway.Prefix + "ADMIN=" + c.admin, gateway.Prefix + "CERTS=" + t.TempDir(),
-			gateway.Prefix + "MAP=" + c.listen + " -> 10.0.0.1:1 mode=tcp"})
+		s, err := config.ReadSettings([]string{config.Prefix + "ADMIN=" + c.admin, config.Prefix + "CERTS=" + t.TempDir(),
+			config.Prefix + "MAP=" + c.listen + " -> 10.0.0.1:1 mode=tcp"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, problems := gateway.ReadConfig(s)
+		_, problems := config.Read(s)
 		if got := strings.Contains(problems.String(), "the map listens there, too"); got != c.taken {
 			t.Errorf("%s and %s: %s", c.admin, c.listen, problems)
 		}

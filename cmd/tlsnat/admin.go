@@ -5,10 +5,11 @@ package main
 import (
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // startAdmin starts the admin beside the gateway; with TLSNAT_ADMIN=off it is nil, which does nothing.
-func startAdmin(s gateway.Settings, g *gateway.Gateway) (*admin.Server, error) {
+func startAdmin(s config.Settings, g *gateway.Gateway) (*admin.Server, error) {
 	return admin.Start(s, g, buildVersion())
 }
 

@@ -17,9 +17,10 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/net/idna"
 
-	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/certs"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -68,7 +69,7 @@ func (p *program) tellNextSteps(stem string, q *csrArguments) {
 	fmt.Fprintf(p.out, "request  %s.csr: for %s\n", stem, some(all))
 	fmt.Fprintf(p.out, "next     give the request to the CA, and put its answer into %s.crt: the certificate, then the intermediates\n", stem)
 	if p.setting("CERTS") == "" {
-		fmt.Fprintf(p.out, "         %sCERTS is the directory that is served from; 'tlsnat check' says whether all is well\n", gateway.Prefix)
+		fmt.Fprintf(p.out, "         %sCERTS is the directory that is served from; 'tlsnat check' says whether all is well\n", config.Prefix)
 	} else {
 		fmt.Fprintln(p.out, "         'tlsnat check' says whether all is well, 'tlsnat reload' has the running gateway serve it")
 	}

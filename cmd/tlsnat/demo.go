@@ -7,9 +7,9 @@ import (
 	"fmt"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/tlsnat/tlsnat/gateway/config"
 
-	"github.com/tlsnat/tlsnat/gateway"
+	"golang.org/x/sys/unix"
 )
 
 // demo is a working gateway with nothing configured.
@@ -35,28 +35,28 @@ func (p *program) demo(args []string) int {
 }
 
 // demoConfig is the demo's map and a certificate of its own, with what else is set.
-func (p *program) demoConfig() (*gateway.Config, gateway.Problems) {
-	s, err := gateway.ReadSettings(p.environ)
-	var problems gateway.Problems
+func (p *program) demoConfig() (*config.Config, config.Problems) {
+	s, err := config.ReadSettings(p.environ)
+	var problems config.Problems
 	for _, e := range joined(err) {
-		problems = append(problems, gateway.Problem{Text: e.Error()})
+		problems = append(problems, config.Problem{Text: e.Error()})
 	}
 	if s.Map != "" || s.MapFile != "" {
-		problems = append(problems, gateway.Problem{Text: "the demo has a map of its own, but " + gateway.Prefix + "MAP or " +
-			gateway.Prefix + "MAP_FILE is set; 'tlsnat run' runs that one"})
+		problems = append(problems, config.Problem{Text: "the demo has a map of its own, but " + config.Prefix + "MAP or " +
+			config.Prefix + "MAP_FILE is set; 'tlsnat run' runs that one"})
 	}
 	if len(problems) > 0 {
 		return nil, problems
 	}
-	s.Map, s.Certs = gateway.DemoMap, ""
-	return gateway.ReadConfig(s)
+	s.Map, s.Certs = config.DemoMap, ""
+	return config.Read(s)
 }
 
 // cannotDemo says what to do where the demo's port is taken: it has no map that one could change.
 func (p *program) cannotDemo(err error) int {
 	p.cannot(err)
 	if errors.Is(err, unix.EADDRINUSE) {
-		fmt.Fprintf(p.err, "The demo on another port: %sMAP=':9443 -> demo' tlsnat run\n", gateway.Prefix)
+		fmt.Fprintf(p.err, "The demo on another port: %sMAP=':9443 -> demo' tlsnat run\n", config.Prefix)
 	}
 	return exitCannot
 }
@@ -69,7 +69,7 @@ func (p *program) welcome(e *edge, noAdmin error) {
 	} else if a := e.admin.Addr(); a != "" {
 		admin = "http://" + a + "/"
 	}
-	cert := gateway.DemoCertFile(e.config.Settings)
+	cert := config.DemoCertFile(e.config.Settings)
 	fmt.Fprintf(p.out, `tlsnat demo: TLS ends here, and a built-in backend answers with what the edge knows of the connection.
 
   listens   :8443

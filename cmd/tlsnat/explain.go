@@ -15,9 +15,10 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/net/idna"
 
-	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/certs"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -121,7 +122,7 @@ func readName(s string) (string, error) {
 
 // explanation is the answer while it is written.
 type explanation struct {
-	config   *gateway.Config
+	config   *config.Config
 	question question
 	set      func(setting string) string // a setting as the environment has it
 	now      time.Time
@@ -201,7 +202,7 @@ func (e *explanation) client() string {
 
 // sayProxy says whether the connection has to begin with a PROXY header.
 func (e *explanation) sayProxy() {
-	const setting = gateway.Prefix + "PROXY_FROM"
+	const setting = config.Prefix + "PROXY_FROM"
 	s, from := &e.config.Settings, e.question.from
 	var networks []string
 	for _, prefix := range s.ProxyFrom {
@@ -269,9 +270,9 @@ func some(list []string) string {
 }
 
 // statement is the text of the rule as its author wrote it.
-func statement(s *gateway.Settings, at natmap.Pos) string {
+func statement(s *config.Settings, at natmap.Pos) string {
 	text := s.Map
-	if at.File != gateway.Prefix+"MAP" {
+	if at.File != config.Prefix+"MAP" {
 		b, _, err := certs.ReadFile(at.File, natmap.MaxText)
 		if err != nil {
 			return err.Error()
@@ -396,7 +397,7 @@ func (e *explanation) sayCertificates() {
 	}
 	entry := e.config.Certificate(e.rule, e.question.name, func() netip.Addr { return e.question.addr })
 	if entry == nil {
-		hint := "put one for it into " + gateway.Prefix + "CERTS"
+		hint := "put one for it into " + config.Prefix + "CERTS"
 		if e.question.name == "" {
 			hint = "the client sends no name, and it isn't clear which one to show: write cert=NAME into the rule"
 		}
@@ -657,11 +658,11 @@ var (
 // setting is the value of a setting as its author wrote it.
 func (e *explanation) setting(key string) (value, from string) {
 	if value := e.set(key); value != "" {
-		return value, gateway.Prefix + key
+		return value, config.Prefix + key
 	}
-	for _, doc := range gateway.SettingDocs() {
-		if doc.Name == gateway.Prefix+key {
-			return doc.Default, "default of " + gateway.Prefix + key
+	for _, doc := range config.SettingDocs() {
+		if doc.Name == config.Prefix+key {
+			return doc.Default, "default of " + config.Prefix + key
 		}
 	}
 	return "", ""

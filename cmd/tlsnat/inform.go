@@ -15,6 +15,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
@@ -59,7 +61,7 @@ func (p *program) env(args []string) int {
 	if !p.noArguments("env", args) {
 		return exitUsage
 	}
-	docs := gateway.SettingDocs()
+	docs := config.SettingDocs()
 	name, kind, value := len("NAME"), len("TYPE"), len("DEFAULT")
 	for _, d := range docs {
 		name, kind, value = max(name, len(d.Name)), max(kind, len(d.Type)), max(value, len(d.Default))

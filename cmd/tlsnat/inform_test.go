@@ -11,16 +11,17 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"golang.org/x/sys/unix"
 
-	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
 func TestEnvListsEverySetting(t *testing.T) {
 	r := ask(t, nil, "env")
 	rows := strings.Split(strings.TrimSpace(r.out), "\n")
-	docs := gateway.SettingDocs()
+	docs := config.SettingDocs()
 	if r.code != exitOK || len(rows) != len(docs)+1 {
 		t.Fatal(r)
 	}
@@ -47,7 +48,7 @@ func TestEnvFitsTheTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	rows := strings.Split(strings.TrimSpace(text.String()), "\r\n")
-	if len(rows) <= len(gateway.SettingDocs())+1 {
+	if len(rows) <= len(config.SettingDocs())+1 {
 		t.Errorf("nothing is wrapped:\n%s", &text)
 	}
 	for _, row := range rows {
@@ -102,8 +103,8 @@ func TestVersionTellsWhatTheKernelCan(t *testing.T) {
 // a setting has a value that is built in.
 func TestEveryOptionIsExplained(t *testing.T) {
 	settings := map[string]bool{}
-	for _, d := range gateway.SettingDocs() {
-		settings[strings.TrimPrefix(d.Name, gateway.Prefix)] = true
+	for _, d := range config.SettingDocs() {
+		settings[strings.TrimPrefix(d.Name, config.Prefix)] = true
 	}
 	for _, o := range natmap.OptionDocs() {
 		_, here := builtIn[o.Key]

@@ -26,6 +26,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 )
 
@@ -103,12 +105,12 @@ func (p *program) main() int {
 func isHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
 
 // configured says whether any setting is there.
-func (p *program) configured() bool { return gateway.Configured(p.environ) }
+func (p *program) configured() bool { return config.Configured(p.environ) }
 
 // setting is a variable of the environment, without its prefix; empty is as good as not set.
 func (p *program) setting(key string) string {
 	for _, kv := range slices.Backward(p.environ) { // of two the last one counts
-		if value, ok := strings.CutPrefix(kv, gateway.Prefix+key+"="); ok {
+		if value, ok := strings.CutPrefix(kv, config.Prefix+key+"="); ok {
 			return value
 		}
 	}
@@ -126,13 +128,13 @@ func (p *program) noArguments(command string, args []string) bool {
 
 // config reads everything and returns every complaint at once: about settings, then map, then certificates. If there
 // is anything that keeps the gateway from running the config is nil.
-func (p *program) config() (*gateway.Config, gateway.Problems) {
-	s, err := gateway.ReadSettings(p.environ)
-	var problems gateway.Problems
+func (p *program) config() (*config.Config, config.Problems) {
+	s, err := config.ReadSettings(p.environ)
+	var problems config.Problems
 	for _, e := range joined(err) {
-		problems = append(problems, gateway.Problem{Text: e.Error()})
+		problems = append(problems, config.Problem{Text: e.Error()})
 	}
-	config, more := gateway.ReadConfig(s)
+	config, more := config.Read(s)
 	if len(problems) > 0 {
 		config = nil
 	}
@@ -151,7 +153,7 @@ func joined(err error) []error {
 }
 
 // complain prints problems.
-func (p *program) complain(problems gateway.Problems) {
+func (p *program) complain(problems config.Problems) {
 	for _, problem := range problems {
 		fmt.Fprintf(p.err, "%s\n", gateway.PrintableJSON([]byte(problem.String())))
 	}

@@ -20,7 +20,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
@@ -294,7 +295,7 @@ func TestUnitWaitsForTheDrain(t *testing.T) {
 		t.Fatal("no TimeoutStopSec=")
 	}
 	stop, err := time.ParseDuration(m[1])
-	s, errs := gateway.ReadSettings(nil)
+	s, errs := config.ReadSettings(nil)
 	if err != nil || errs != nil || stop <= s.DrainTimeout+5*time.Second {
 		t.Errorf("TimeoutStopSec=%s, but connections may take %s to end", m[1], s.DrainTimeout)
 	}
@@ -411,7 +412,7 @@ func TestExampleSettingsExist(t *testing.T) {
 		}
 		environ = append(environ, setting)
 	}
-	if _, err := gateway.ReadSettings(environ); err != nil || len(environ) < 4 {
+	if _, err := config.ReadSettings(environ); err != nil || len(environ) < 4 {
 		t.Errorf("%q: %v", environ, err)
 	}
 }

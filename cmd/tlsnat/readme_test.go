@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -211,7 +213,7 @@ func optionTable() string {
 func settingTable() string {
 	var b strings.Builder
 	b.WriteString("| variable | type | default | meaning |\n|---|---|---|---|\n")
-	for _, d := range gateway.SettingDocs() {
+	for _, d := range config.SettingDocs() {
 		value := ""
 		if d.Default != "" {
 			value = "`" + d.Default + "`"

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -69,7 +71,7 @@ func (p *program) cannot(err error) int {
 // edge is a gateway that listens, and what can end it.
 type edge struct {
 	*gateway.Gateway
-	config  *gateway.Config
+	config  *config.Config
 	admin   *admin.Server
 	signals chan os.Signal
 	hangups chan os.Signal // nil: they end the process, as the end of its terminal should
@@ -80,7 +82,7 @@ var errStopped = errors.New("stopped while it started")
 
 // open makes a gateway and lets it listen. From here on the signals are ours: one that ends the process does so at once
 // while the start waits for something, such as DNS.
-func (p *program) open(config *gateway.Config) (*edge, error) {
+func (p *program) open(config *config.Config) (*edge, error) {
 	if err := harden(); err != nil {
 		return nil, err
 	}

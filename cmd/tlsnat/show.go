@@ -19,6 +19,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
 )
@@ -26,9 +28,9 @@ import (
 // client is who to ask about the running gateway: the admin that the settings name. What is wrong with other settings does
 // not matter here.
 func (p *program) client() (*admin.Client, error) {
-	s, err := gateway.ReadSettings(p.environ)
+	s, err := config.ReadSettings(p.environ)
 	for _, e := range joined(err) {
-		if wrong, ok := errors.AsType[*gateway.SettingError](e); ok && (strings.HasPrefix(wrong.Key, gateway.Prefix+"ADMIN_TOKEN") || wrong.Key == "CREDENTIALS_DIRECTORY") {
+		if wrong, ok := errors.AsType[*config.SettingError](e); ok && (strings.HasPrefix(wrong.Key, config.Prefix+"ADMIN_TOKEN") || wrong.Key == "CREDENTIALS_DIRECTORY") {
 			return nil, e
 		}
 	}

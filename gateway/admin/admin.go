@@ -46,8 +46,11 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"go.uber.org/zap"
+
+	"github.com/tlsnat/tlsnat/gateway"
 )
 
 const (
@@ -91,7 +94,7 @@ type Server struct {
 
 // Start listens on TLSNAT_ADMIN and TLSNAT_ADMIN_SOCKET and serves until Close. With both off it returns nil, which is a
 // Server too. The version is what it says is running.
-func Start(s gateway.Settings, g *gateway.Gateway, version string) (*Server, error) {
+func Start(s config.Settings, g *gateway.Gateway, version string) (*Server, error) {
 	if path, _ := s.AdminSocketAt(s.Admin); s.Admin == "off" && path == "" {
 		return nil, nil
 	}
@@ -110,7 +113,7 @@ func Start(s gateway.Settings, g *gateway.Gateway, version string) (*Server, err
 		}
 		return nil, err
 	}
-	a.kept = newReserve(gateway.AdminSpares)
+	a.kept = newReserve(config.AdminSpares)
 	a.http = &http.Server{Handler: a.routes(), ReadHeaderTimeout: headerTime, ReadTimeout: headerTime, WriteTimeout: answerTime,
 		IdleTimeout: idleTime, MaxHeaderBytes: maxHeader, ErrorLog: a.errorLog(), DisableGeneralOptionsHandler: true, ConnContext: withClient,
 		ConnState: noteIdle}
@@ -120,36 +123,36 @@ func Start(s gateway.Settings, g *gateway.Gateway, version string) (*Server, err
 	}
 	if l != nil {
 		a.useToken(s)
-		a.tcp = newClients(l, gateway.AdminClients(), a.kept)
+		a.tcp = newClients(l, config.AdminClients(), a.kept)
 		go func() { _ = a.http.Serve(a.tcp) }()
 	}
 	return a, nil
 }
 
 // listenTCP listens on the address; nil: it is off.
-func (s *Server) listenTCP(settings gateway.Settings) (net.Listener, error) {
+func (s *Server) listenTCP(settings config.Settings) (net.Listener, error) {
 	if settings.Admin == "off" {
 		return nil, nil
 	}
 	l, err := net.Listen("tcp", settings.Admin)
 	if err != nil {
-		return nil, fmt.Errorf("%sADMIN=%s: %w; %s", gateway.Prefix, settings.Admin, reason(err), hint(err))
+		return nil, fmt.Errorf("%sADMIN=%s: %w; %s", config.Prefix, settings.Admin, reason(err), hint(err))
 	}
 	s.addr = l.Addr().(*net.TCPAddr).AddrPort()
 	if s.open && !s.addr.Addr().IsLoopback() {
 		_ = l.Close()
-		return nil, fmt.Errorf("%sADMIN=%s is not a loopback address, and then %sADMIN_TOKEN has to be set", gateway.Prefix, settings.Admin, gateway.Prefix)
+		return nil, fmt.Errorf("%sADMIN=%s is not a loopback address, and then %sADMIN_TOKEN has to be set", config.Prefix, settings.Admin, config.Prefix)
 	}
 	return l, nil
 }
 
 // useToken takes the token that is set, or the one in the state directory. Without either nobody gives orders over TCP.
-func (s *Server) useToken(settings gateway.Settings) {
+func (s *Server) useToken(settings config.Settings) {
 	token := settings.AdminToken
 	if token == "" {
 		var err error
 		if token, err = settings.MakeAdminToken(); err != nil || token == "" {
-			s.gateway.Logger().Warn("there is no token, so nobody can give orders over TCP: set "+gateway.Prefix+"ADMIN_TOKEN", zap.Error(err))
+			s.gateway.Logger().Warn("there is no token, so nobody can give orders over TCP: set "+config.Prefix+"ADMIN_TOKEN", zap.Error(err))
 			return
 		}
 		s.tokenPath = settings.AdminTokenPath()

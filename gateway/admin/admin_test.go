@@ -23,6 +23,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
 	"github.com/tlsnat/tlsnat/gateway"
@@ -79,7 +81,7 @@ func startAs(t *testing.T, settings []string, setMap func(*bed) string) *bed {
 			t.Error(text)
 		}
 	})
-	var config *gateway.Config
+	var config *config.Config
 	for range 10 { // a port that was free may be taken before the gateway has it
 		b.tls, b.plain = freePort(t), freePort(t)
 		b.state = t.TempDir()
@@ -129,17 +131,17 @@ func (b *logBook) text() string {
 	return b.lines.String()
 }
 
-func read(t *testing.T, settings ...string) *gateway.Config {
+func read(t *testing.T, settings ...string) *config.Config {
 	t.Helper()
 	var environ []string
 	for _, kv := range settings {
-		environ = append(environ, gateway.Prefix+kv)
+		environ = append(environ, config.Prefix+kv)
 	}
-	s, err := gateway.ReadSettings(environ)
+	s, err := config.ReadSettings(environ)
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, problems := gateway.ReadConfig(s)
+	config, problems := config.Read(s)
 	if config == nil {
 		t.Fatal(problems)
 	}
@@ -677,7 +679,7 @@ func TestOffLoopbackDemandsAToken(t *testing.T) {
 	if status := reach(func(r *http.Request) { r.Header.Set("Authorization", "Bearer "+token) }); status != http.StatusOK {
 		t.Errorf("with the token: %d", status)
 	}
-	if a, err := admin.Start(gateway.Settings{Admin: "0.0.0.0:0"}, b.gateway, ""); err == nil {
+	if a, err := admin.Start(config.Settings{Admin: "0.0.0.0:0"}, b.gateway, ""); err == nil {
 		_ = a.Close()
 		t.Error("it started without a token off loopback")
 	}
@@ -785,7 +787,7 @@ func TestAnswersWhenTheLoopsAreGone(t *testing.T) {
 
 func TestPortInUseSaysWhatToDo(t *testing.T) {
 	b := start(t)
-	_, err := admin.Start(gateway.Settings{Admin: b.admin.Addr()}, b.gateway, "")
+	_, err := admin.Start(config.Settings{Admin: b.admin.Addr()}, b.gateway, "")
 	if err == nil {
 		t.Fatal("two admins on one port")
 	}
@@ -797,7 +799,7 @@ func TestPortInUseSaysWhatToDo(t *testing.T) {
 }
 
 func TestOffDoesNothing(t *testing.T) {
-	a, err := admin.Start(gateway.Settings{Admin: "off"}, nil, "")
+	a, err := admin.Start(config.Settings{Admin: "off"}, nil, "")
 	if err != nil || a.Addr() != "" || a.DrainAsked() != nil || a.Close() != nil {
 		t.Fatalf("%v, %v", a, err)
 	}

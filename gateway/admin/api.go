@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 )
 
@@ -257,7 +259,7 @@ func connQuery(r *http.Request) (q gateway.ConnQuery, instead string, err error)
 }
 
 // ParsePrefix reads an address, which is meant alone and may stand in brackets, or a prefix.
-func ParsePrefix(s string) (netip.Prefix, error) { return gateway.ParsePrefix(strings.Trim(s, "[]")) }
+func ParsePrefix(s string) (netip.Prefix, error) { return config.ParsePrefix(strings.Trim(s, "[]")) }
 
 func (s *Server) status() gateway.Status {
 	status := s.gateway.Status()

@@ -19,6 +19,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 )
 
@@ -52,11 +54,11 @@ func NewClient(addr, token string) (*Client, error) {
 
 func newTCPClient(addr string, token func(netip.AddrPort) func(bool) (string, error)) (*Client, error) {
 	if addr == "off" {
-		return nil, fmt.Errorf("the admin is switched off (%sADMIN=off), so there is nobody to ask", gateway.Prefix)
+		return nil, fmt.Errorf("the admin is switched off (%sADMIN=off), so there is nobody to ask", config.Prefix)
 	}
 	ap, err := netip.ParseAddrPort(addr)
 	if err != nil {
-		return nil, fmt.Errorf("%sADMIN=%s: not an address with a port; write 127.0.0.1:9180 or [::1]:9180", gateway.Prefix, addr)
+		return nil, fmt.Errorf("%sADMIN=%s: not an address with a port; write 127.0.0.1:9180 or [::1]:9180", config.Prefix, addr)
 	}
 	if ap.Addr().IsUnspecified() {
 		loopback := netip.IPv6Loopback()
@@ -89,7 +91,7 @@ func dialUnix(ctx context.Context, path string) (net.Conn, error) {
 }
 
 // Connect makes a client for the gateway that the settings are those of: by its socket, where one is, else by TCP.
-func Connect(ctx context.Context, s gateway.Settings) (*Client, error) {
+func Connect(ctx context.Context, s config.Settings) (*Client, error) {
 	if _, err := netip.ParseAddrPort(s.Admin); err != nil && s.Admin != "off" {
 		return NewClient(s.Admin, "") // which says what is wrong with it
 	}
@@ -100,7 +102,7 @@ func Connect(ctx context.Context, s gateway.Settings) (*Client, error) {
 			return c, nil
 		}
 		if s.Admin == "off" {
-			return nil, fmt.Errorf("%w; is it running, and is %sADMIN_SOCKET here what it is there?", err, gateway.Prefix)
+			return nil, fmt.Errorf("%w; is it running, and is %sADMIN_SOCKET here what it is there?", err, config.Prefix)
 		}
 		if errors.Is(err, fs.ErrPermission) {
 			forbidden = err
@@ -118,7 +120,7 @@ func Connect(ctx context.Context, s gateway.Settings) (*Client, error) {
 
 // ownToken is the token that the gateway has made, for an order over TCP. It goes to no other user's program: one that
 // listens where the gateway did, when it is gone, would give orders with it later.
-func ownToken(s *gateway.Settings, at netip.AddrPort, forbidden error) (string, error) {
+func ownToken(s *config.Settings, at netip.AddrPort, forbidden error) (string, error) {
 	if !at.Addr().IsLoopback() {
 		return "", nil
 	}
@@ -256,9 +258,9 @@ func (c *Client) ask(ctx context.Context, method, name string, query url.Values,
 	}
 	switch {
 	case response.StatusCode == http.StatusUnauthorized && method == http.MethodGet:
-		return fmt.Errorf("the admin at %s demands its token: set %sADMIN_TOKEN to the one that the gateway has", c.base, gateway.Prefix)
+		return fmt.Errorf("the admin at %s demands its token: set %sADMIN_TOKEN to the one that the gateway has", c.base, config.Prefix)
 	case response.StatusCode == http.StatusUnauthorized:
-		return fmt.Errorf("the admin at %s takes orders with its token only: run this as the user that the gateway runs as, or as root with its %sADMIN_SOCKET, or set %sADMIN_TOKEN", c.base, gateway.Prefix, gateway.Prefix)
+		return fmt.Errorf("the admin at %s takes orders with its token only: run this as the user that the gateway runs as, or as root with its %sADMIN_SOCKET, or set %sADMIN_TOKEN", c.base, config.Prefix, config.Prefix)
 	case !strings.HasPrefix(response.Header.Get("Content-Type"), "application/json"):
 	case response.StatusCode < http.StatusBadRequest || response.StatusCode == http.StatusUnprocessableEntity:
 		return json.Unmarshal(body, into)
@@ -273,7 +275,7 @@ func (c *Client) ask(ctx context.Context, method, name string, query url.Values,
 func (c *Client) unreachable(err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) && op.Op == "dial" {
-		return fmt.Errorf("no gateway answers at %s: %w; is it running, and is %sADMIN here what it is there?", c.base, op.Err, gateway.Prefix)
+		return fmt.Errorf("no gateway answers at %s: %w; is it running, and is %sADMIN here what it is there?", c.base, op.Err, config.Prefix)
 	}
 	return fmt.Errorf("ask %s: %w", c.base, err)
 }

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -44,7 +46,7 @@ var (
 	ordersDesc = desc("admin_orders_total", "Orders by POST, by result: refused are those without the token.", "result")
 	shedDesc   = desc("admin_connections_shed_total", "Connections to the admin that were closed because others came, by where.", "listener")
 	openDesc   = desc("admin_connections_open", "Connections to the admin that are open, by where.", "listener")
-	spareDesc  = desc("admin_descriptors_spare", "Descriptors that the admin keeps in reserve. Fewer than "+fmt.Sprint(gateway.AdminSpares)+": the process has run out of them.")
+	spareDesc  = desc("admin_descriptors_spare", "Descriptors that the admin keeps in reserve. Fewer than "+fmt.Sprint(config.AdminSpares)+": the process has run out of them.")
 	adminDescs = []*prometheus.Desc{ordersDesc, shedDesc, openDesc, spareDesc}
 )
 
@@ -117,7 +119,7 @@ func (s *Server) refuseOrder(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("WWW-Authenticate", `Bearer realm="tlsnat"`) // not Basic: the page asks for it itself
 	instead := "send Authorization: Bearer TOKEN with the one in " + s.tokenPath
 	if s.secret == nil {
-		instead = "set " + gateway.Prefix + "ADMIN_TOKEN and start it again: it could not make a token itself, the log says why"
+		instead = "set " + config.Prefix + "ADMIN_TOKEN and start it again: it could not make a token itself, the log says why"
 	}
 	if s.socket != nil {
 		instead += "; or use the tlsnat command, or curl --unix-socket " + s.socket.path

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
 	"github.com/tlsnat/tlsnat/gateway/testkit"
@@ -97,7 +99,7 @@ func TestTokenThatOthersCanReadIsNone(t *testing.T) {
 	if err := os.WriteFile(file, []byte("known-to-all\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	a, err := admin.Start(gateway.Settings{Admin: "127.0.0.1:0", State: state, AdminSocket: "off"}, b.gateway, "")
+	a, err := admin.Start(config.Settings{Admin: "127.0.0.1:0", State: state, AdminSocket: "off"}, b.gateway, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -156,7 +158,7 @@ func TestSocketsOfTwoGateways(t *testing.T) {
 	dir := testkit.Dir(t)
 	path := filepath.Join(dir, "admin.sock")
 	at := func(path string) (*admin.Server, error) {
-		return admin.Start(gateway.Settings{Admin: "off", AdminSocket: path}, b.gateway, "")
+		return admin.Start(config.Settings{Admin: "off", AdminSocket: path}, b.gateway, "")
 	}
 	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
@@ -214,7 +216,7 @@ func TestSecondGatewayStartsWithoutASocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer first.Close()
-	second, err := admin.Start(gateway.Settings{Admin: at, State: state}, b.gateway, "")
+	second, err := admin.Start(config.Settings{Admin: at, State: state}, b.gateway, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +272,7 @@ func TestPlaceOfTheGreedyIsTaken(t *testing.T) {
 	}
 	defer modest.Close()
 	var greedy []net.Conn
-	for range gateway.AdminClients() + 20 {
+	for range config.AdminClients() + 20 {
 		c, err := net.Dial("tcp", b.admin.Addr())
 		if err != nil {
 			t.Fatal(err)

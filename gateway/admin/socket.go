@@ -14,9 +14,9 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/tlsnat/tlsnat/gateway/config"
 
-	"github.com/tlsnat/tlsnat/gateway"
+	"golang.org/x/sys/unix"
 )
 
 // socketMode lets the gateway's group give orders, and nobody else.
@@ -128,14 +128,14 @@ func (s *socket) Close() error {
 
 // openSocket listens on the socket that the settings name, or nobody has named. Without the latter the gateway runs too: then
 // complain is told why there is none.
-func openSocket(s gateway.Settings, admin string, complain func(string)) (*socket, error) {
+func openSocket(s config.Settings, admin string, complain func(string)) (*socket, error) {
 	path, byDefault := s.AdminSocketAt(admin)
 	if path == "" {
 		return nil, nil
 	}
 	var err error
 	if byDefault {
-		err = gateway.OwnDirectory(filepath.Dir(path))
+		err = config.OwnDirectory(filepath.Dir(path))
 	}
 	var l *socket
 	if err == nil {
@@ -143,7 +143,7 @@ func openSocket(s gateway.Settings, admin string, complain func(string)) (*socke
 			return l, nil
 		}
 	}
-	what := fmt.Errorf("%sADMIN_SOCKET=%s: %w; set it to another path, or to 'off'", gateway.Prefix, path, err)
+	what := fmt.Errorf("%sADMIN_SOCKET=%s: %w; set it to another path, or to 'off'", config.Prefix, path, err)
 	if !byDefault {
 		return nil, what
 	}

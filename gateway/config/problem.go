@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package config
 
 import (
 	"slices"
@@ -13,11 +13,11 @@ type Problem struct {
 	Text    string // place: what is wrong; what to write instead
 }
 
-const warningPrefix = "warning: "
+const WarningPrefix = "warning: "
 
 func (p Problem) String() string {
 	if p.Warning {
-		return warningPrefix + p.Text
+		return WarningPrefix + p.Text
 	}
 	return p.Text
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package config
 
 import (
 	"fmt"
@@ -14,7 +14,7 @@ import (
 
 const (
 	// maxPrefixes bounds the prefixes of all sets of a configuration: 200 MB, with the lists that they were made of.
-	maxPrefixes = 4 << 20
+	MaxPrefixes = 4 << 20
 	// Prefixes that are allowed and denied: so many of a rule are told.
 	maxConflicts = 10
 )
@@ -71,8 +71,8 @@ func (c *Config) readLists() (problems Problems) {
 		if made[key] == nil {
 			set, found := c.makeSet(r)
 			problems = append(problems, found...)
-			if c.lists.prefixes > maxPrefixes {
-				return append(problems, Problem{Text: fmt.Sprintf("%s: the lists of the map have more than %d prefixes; write wider ones", r.Pos, maxPrefixes)})
+			if c.lists.prefixes > MaxPrefixes {
+				return append(problems, Problem{Text: fmt.Sprintf("%s: the lists of the map have more than %d prefixes; write wider ones", r.Pos, MaxPrefixes)})
 			}
 			made[key] = set
 		}
@@ -97,7 +97,7 @@ func (c *Config) makeSet(r *natmap.Rule) (*gate.Set, Problems) {
 		key     string
 		members []natmap.Member
 	}{{"allow", o.Allow}, {"deny", o.Deny}} {
-		at := settingOf(r, l.key).Pos
+		at := SettingOf(r, l.key).Pos
 		for _, member := range l.members {
 			m.add(c, member, l.key, at)
 		}
@@ -109,7 +109,7 @@ func (c *Config) makeSet(r *natmap.Rule) (*gate.Set, Problems) {
 		problems = append(problems, Problem{true, fmt.Sprintf("%s: a list of the rule cannot be read, so it lets nobody in", r.Pos)})
 		return closedSet, problems
 	case !otherwise && m.allowed == 0 && !problems.Errors():
-		problems = append(problems, Problem{true, fmt.Sprintf("%s: allow= has no prefix, so nobody may come in; write some, or -> reject", settingOf(r, "allow").Pos)})
+		problems = append(problems, Problem{true, fmt.Sprintf("%s: allow= has no prefix, so nobody may come in; write some, or -> reject", SettingOf(r, "allow").Pos)})
 	}
 	made, known := c.lists.made[m.key]
 	if !known && c.before != nil { // whose files are still in memory: no other list has their address
@@ -186,7 +186,7 @@ func (m *setMaker) flush() {
 }
 
 // settingOf is where a rule's option was written.
-func settingOf(r *natmap.Rule, key string) natmap.Setting {
+func SettingOf(r *natmap.Rule, key string) natmap.Setting {
 	for _, s := range r.Settings {
 		if s.Key == key {
 			return s

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package config
 
 import (
 	"crypto/x509"
@@ -42,16 +42,16 @@ const DemoMap = ":8443 -> demo"
 
 // ReadConfig reads the map and the certificates that the settings name. Every complaint comes at once. An error about a
 // single file of certificates, CAs or prefixes is one of Config.Unusable; if there is any other error the Config is nil.
-func ReadConfig(s Settings) (*Config, Problems) {
-	c, problems := readConfig(s, nil)
-	if c.refused(problems) {
+func Read(s Settings) (*Config, Problems) {
+	c, problems := Reread(s, nil)
+	if c.Refused(problems) {
 		return nil, problems
 	}
 	return c, problems
 }
 
 // Refused says whether there is an error that is not about a single file.
-func (c *Config) refused(problems Problems) bool {
+func (c *Config) Refused(problems Problems) bool {
 	return slices.ContainsFunc(problems, func(p Problem) bool { return !p.Warning && !slices.Contains(c.Unusable, p) })
 }
 
@@ -64,7 +64,7 @@ func (c *Config) unusable(text string) Problem {
 
 // Reread is ReadConfig for a gateway that runs. It returns what was read in any case (see Refused). What cannot be used of
 // it is taken from before.
-func readConfig(s Settings, before *Config) (*Config, Problems) {
+func Reread(s Settings, before *Config) (*Config, Problems) {
 	c := &Config{Settings: s, before: before}
 	defer func() { c.before = nil }()
 	var problems Problems
@@ -259,7 +259,7 @@ func (c *Config) Certificate(r *natmap.Rule, name string, local func() netip.Add
 func (c *Config) onlyDemoTerminates() bool {
 	demo := false
 	for _, r := range c.Map.Rules {
-		if terminates(r) && r.Action != natmap.Demo {
+		if Terminates(r) && r.Action != natmap.Demo {
 			return false
 		}
 		demo = demo || r.Action == natmap.Demo
@@ -268,12 +268,12 @@ func (c *Config) onlyDemoTerminates() bool {
 }
 
 // terminates says whether clients of the rule see a certificate.
-func terminates(r *natmap.Rule) bool {
+func Terminates(r *natmap.Rule) bool {
 	return (r.Action == natmap.Forward || r.Action == natmap.Demo) && r.Options.Mode == natmap.Terminate
 }
 
 // encrypts says whether the rule has a tls:// backend.
-func encrypts(r *natmap.Rule) bool {
+func Encrypts(r *natmap.Rule) bool {
 	return slices.ContainsFunc(r.Backends, func(b natmap.Backend) bool { return b.TLS })
 }
 
@@ -353,10 +353,10 @@ func (c *Config) checkRules() (problems Problems) {
 		say := func(warning bool, format string, args ...any) {
 			problems = append(problems, Problem{warning, fmt.Sprintf("%s: ", r.Pos) + fmt.Sprintf(format, args...)})
 		}
-		if encrypts(r) {
+		if Encrypts(r) {
 			c.checkEncryption(r, say)
 		}
-		if !terminates(r) {
+		if !Terminates(r) {
 			continue
 		}
 		name := r.Name

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package config
 
 import (
 	"crypto/tls"
@@ -348,8 +348,8 @@ func (s *Settings) fillIn() {
 	}
 }
 
-// minTLS is the oldest version of TLS that is spoken, as crypto/tls numbers it.
-func (s *Settings) minTLS() uint16 {
+// OldestTLS is the oldest version of TLS that is spoken, as crypto/tls numbers it.
+func (s *Settings) OldestTLS() uint16 {
 	if s.MinTLS == "1.3" {
 		return tls.VersionTLS13
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package config
 
 import (
 	"os"
@@ -29,7 +29,7 @@ func TestWhatDidNotChangeIsNotReadAgain(t *testing.T) {
 	}
 	read := func(before *Config) *Config {
 		t.Helper()
-		c, problems := readConfig(s, before)
+		c, problems := Reread(s, before)
 		if len(problems) > 0 {
 			t.Fatal(problems)
 		}

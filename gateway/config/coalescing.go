@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package config
 
 import (
 	"fmt"
@@ -45,7 +45,7 @@ func (c *Config) checkCoalescing() (problems Problems) {
 	return problems
 }
 
-func speaksHTTP2(r *natmap.Rule) bool { return terminates(r) && slices.Contains(r.Options.ALPN, "h2") }
+func speaksHTTP2(r *natmap.Rule) bool { return Terminates(r) && slices.Contains(r.Options.ALPN, "h2") }
 
 // shownBy is what clients of a rule with a name are shown.
 func (c *Config) shownBy(r *natmap.Rule) *certs.Entry {
