@@ -200,7 +200,7 @@ func (c *conn) finish(o Outcome, why string) stage {
 	l := c.loop
 	l.wheel.clear(c)
 	c.stopSearch()
-	c.stage = over // so that a fault in what follows does not count it twice
+	c.to(over) // so that a fault in what follows does not count it twice
 	l.closeSocket(&c.client)
 	l.closeSocket(&c.backend)
 	c.up.release(l)

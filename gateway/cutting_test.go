@@ -41,13 +41,18 @@ func (s *still) cutAll(t *testing.T) (rounds int) {
 	return rounds
 }
 
+// logTo has the gateway write its log to out from now on.
+func (s *still) logTo(t *testing.T, out io.Writer) {
+	t.Cleanup(s.Gateway.lines.close) // when the test has let go of its reader
+	s.Gateway.lines = newLineBuffer(out)
+}
+
 // TestManyConnectionsAreCutInTurns: each with one outcome and one line, and the loop serves others in between.
 func TestManyConnectionsAreCutInTurns(t *testing.T) {
 	s := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp", "LOG_LEVEL=debug")
 	reader := &slowReader{takes: make(chan struct{})}
 	close(reader.takes)
-	s.lines.close()
-	s.Gateway.lines = newLineBuffer(reader)
+	s.logTo(t, reader)
 	s.Gateway.log = newLogger(&s.settings, s.Gateway.lines)
 	const many = 400
 	for range many {
@@ -65,7 +70,6 @@ func TestManyConnectionsAreCutInTurns(t *testing.T) {
 	if n := bytes.Count(reader.got.Bytes(), []byte(`"outcome":"drained"`)); n != many {
 		t.Errorf("%d lines for %d connections", n, many)
 	}
-	s.Gateway.lines = newLineBuffer(io.Discard)
 }
 
 // TestCutConnectionsWaitForTheLog: while the log's reader is behind none is cut, and no line is lost; one that takes nothing
@@ -73,8 +77,7 @@ func TestManyConnectionsAreCutInTurns(t *testing.T) {
 func TestCutConnectionsWaitForTheLog(t *testing.T) {
 	s := newStill(t, ":1 -> 127.0.0.1:2 mode=tcp")
 	reader := &slowReader{takes: make(chan struct{})}
-	s.lines.close()
-	s.Gateway.lines = newLineBuffer(reader)
+	s.logTo(t, reader)
 	for s.Gateway.lines.roomy() {
 		_, _ = s.Gateway.lines.Write(make([]byte, 64<<10))
 	}
@@ -96,7 +99,7 @@ func TestCutConnectionsWaitForTheLog(t *testing.T) {
 	stuck.enter(s.listener.rules.plain)
 	hung := &slowReader{takes: make(chan struct{})}
 	defer close(hung.takes)
-	s.Gateway.lines = newLineBuffer(hung)
+	s.logTo(t, hung)
 	for s.Gateway.lines.roomy() {
 		_, _ = s.Gateway.lines.Write(make([]byte, 64<<10))
 	}
@@ -105,5 +108,4 @@ func TestCutConnectionsWaitForTheLog(t *testing.T) {
 	if stuck.stage != over {
 		t.Error("a reader that hangs keeps a connection from being cut")
 	}
-	s.Gateway.lines = newLineBuffer(io.Discard)
 }

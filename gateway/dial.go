@@ -76,7 +76,7 @@ func (c *conn) startConnect() stage {
 		return c.resume()
 	}
 	l, r := c.loop, c.route
-	c.stage = connecting
+	c.to(connecting)
 	c.dial = &dialling{started: l.now, until: l.now + int64(r.connect)}
 	c.dial.rival = socket{fd: -1, owner: c}
 	if r.waiting.Load() > 0 {
@@ -88,7 +88,7 @@ func (c *conn) startConnect() stage {
 // search goes through the candidates from the beginning.
 func (c *conn) search() stage {
 	d := c.dial
-	c.stage = connecting
+	c.to(connecting)
 	d.choices = c.route.choices.Load()
 	d.first, d.firstBackup = c.route.pick(c, d.choices), -1
 	d.tried, d.vain, d.full, d.busy, d.out, d.spot = 0, 0, 0, 0, 0, nil

@@ -168,7 +168,7 @@ func (c *conn) encrypt() stage {
 	if lacks := c.route.encryption.lacks; lacks != "" { // it is not the backend's fault, and nothing is said to it
 		return c.nextBackend(lacks)
 	}
-	c.stage = waitingEncryption
+	c.to(waitingEncryption)
 	c.setDeadline(d.share(c))
 	l.encryptQueue.push(c)
 	l.startHandshakes()
@@ -191,12 +191,11 @@ func (l *loop) startEncryption() {
 	hs, err := newEncrypter(c)
 	if err != nil {
 		l.encryptQueue.remove(c)
-		c.stage = c.unannounced(err)
-		c.advance()
+		c.goOn(c.unannounced(err))
 		return
 	}
 	l.encryptQueue.take()
-	c.stage = encrypting
+	c.to(encrypting)
 	c.setDeadline(max(c.dial.share(c), int64(c.route.connect)/4)) // however long it has waited for its turn
 	l.active.Add(1)
 	c.dial.hs = hs
@@ -334,16 +333,14 @@ func (c *conn) encrypted(h *encrypter) {
 		abort(&c.backend)
 		c.finish(ClientReset, "")
 	case encryptionFault:
-		c.stage = c.unconnected(Internal, why)
-		c.advance()
+		c.goOn(c.unconnected(Internal, why))
 	case encryptionOK:
 		h.handOver(c)
 	default:
 		if h.late {
 			c.blame(c.dial.server, why)
 		}
-		c.stage = c.nextBackend(why)
-		c.advance()
+		c.goOn(c.nextBackend(why))
 	}
 }
 
@@ -370,8 +367,7 @@ func (h *encrypter) handOver(c *conn) {
 	c.loop.counters.spans[backendHandshakeSpan].note(c.report.backendShook)
 	h.wire.buf, h.wire.over, h.session, h.state = nil, true, nil, tls.ConnectionState{}
 	h.wire.forget()
-	c.stage = c.found()
-	c.advance()
+	c.goOn(c.found())
 }
 
 // encryptionResult is what became of a handshake with a backend, in one word. The list is closed: it is a label of the

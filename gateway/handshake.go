@@ -72,7 +72,7 @@ func (c *conn) queueHandshake() stage {
 		return c.refuse(UnknownName, alertUnrecognizedName, c.noCertificate())
 	}
 	c.terms = &terms{entry: entry}
-	c.stage = waitingTurn
+	c.to(waitingTurn)
 	l.queueHello(c)
 	l.startHandshakes()
 	return c.stage
@@ -193,7 +193,7 @@ func (l *loop) giveTurn(c *conn) {
 	}
 	hs.begin(c)
 	hs.begun, hs.places = l.now, places
-	c.stage = shakingHands
+	c.to(shakingHands)
 	c.setDeadline(l.patience())
 	c.hs = hs
 	l.begun = append(l.begun, c)
@@ -623,8 +623,7 @@ func (c *conn) shook(h *handshaker) {
 		}
 		c.report.shookHands(&state, l.now)
 		l.counters.shookHands(&c.report)
-		c.stage = c.startConnect()
-		c.advance()
+		c.goOn(c.startConnect())
 	}
 }
 
@@ -666,8 +665,7 @@ func (c *conn) handshakeFailed(err error) {
 		c.finish(HandshakeFailed, "")
 		return
 	}
-	c.stage = c.startLinger()
-	c.advance()
+	c.goOn(c.startLinger())
 }
 
 // ticketMark begins our entry in a ticket: what it is, the options and the name that the session was made under, and

@@ -216,9 +216,9 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		l.turnAway(c, refusedMemory)
 		return
 	}
-	c.stage = c.port.first
+	c.to(c.port.first)
 	if l.gw.trusts(peer.Addr()) {
-		c.stage = readingProxy
+		c.to(readingProxy)
 	} else if why := c.knock(); why != notRefused {
 		l.turnAway(c, why)
 		return

@@ -290,7 +290,7 @@ func (c *conn) greet() stage {
 	c.up.at, c.down.at = c.loop.now-freshAfter-1, c.loop.now-freshAfter-1
 	c.setDeadline(min(int64(parkAfter), int64(c.route.idle)))
 	silent := c.backend.tls == nil && !c.dial.introduced && c.dial.early == 0 && !c.up.stuck()
-	c.stage = c.relayed()
+	c.to(c.relayed())
 	next := c.relay()
 	if silent && c.up.moved == 0 && c.backend.fd >= 0 {
 		ackNow(c.backend.fd)

@@ -408,8 +408,7 @@ func (c *conn) loseServer(why string) {
 		c.loop.encryptQueue.remove(c)
 		fallthrough
 	case c.stage == connecting, c.stage == asking:
-		c.stage = c.nextBackend(why)
-		c.advance()
+		c.goOn(c.nextBackend(why))
 	case c.stage < lingering:
 		c.cut(BackendReset, why)
 	}

@@ -220,7 +220,8 @@ func (c *conn) passCancel() stage {
 
 // startCancel sends the packet, which the flow to the backend has, and waits for the end.
 func (c *conn) startCancel() stage {
-	c.dial, c.stage = nil, cancelling
+	c.dial = nil
+	c.to(cancelling)
 	c.setDeadline(int64(c.loop.gw.settings.HelloTimeout)) // a server ends the connection at once
 	return c.awaitCancel()
 }
@@ -284,7 +285,7 @@ func newTalk(b speech) *talk {
 // startAsking begins to talk with the backend that has just been reached, behind the PROXY header.
 func (c *conn) startAsking() stage {
 	d := c.dial
-	c.stage = asking
+	c.to(asking)
 	d.talk, d.introduced = newTalk(d.backend.speech), true
 	c.setDeadline(d.share(c))
 	header, err := c.preface()
@@ -414,7 +415,10 @@ func (c *conn) relayed() stage {
 }
 
 // understood ends the translation: nothing stands between the two sides any more.
-func (c *conn) understood() { c.dial, c.stage = nil, relaying }
+func (c *conn) understood() {
+	c.dial = nil
+	c.to(relaying)
+}
 
 // translateBytes is what one read brings while one side is translated for the other: these are logins and greetings.
 const translateBytes = 16 << 10

@@ -33,6 +33,11 @@ import (
 //	→ [its own prelude]         starttls.go    until TLS may begin, or it has greeted
 //	→ relay, half-close         relay.go
 //	→ one outcome, one line     report.go
+//
+// A connection comes into its story through one of these doors, each of which defers rescue: begin (it was accepted), ready
+// (its socket has news), due (its deadline has come), giveTurn and startEncryption (it may shake hands), shook and encrypted
+// (it has), searchAgain (a backend may have room), look (a survey asks about all connections), and cut (somebody ends it).
+// The story sets the stage (to). What waits outside of it goes on by goOn.
 func (c *conn) story() stage {
 	switch c.stage {
 	case readingProxy:
@@ -73,6 +78,15 @@ func (c *conn) story() stage {
 	return over
 }
 
+// to sets the stage. It is the one place that does.
+func (c *conn) to(next stage) { c.stage = next }
+
+// goOn moves the connection on from outside its story: to the stage that follows what it waited for.
+func (c *conn) goOn(next stage) {
+	c.to(next)
+	c.advance()
+}
+
 // advance goes on with the story until it has to wait.
 func (c *conn) advance() {
 	defer c.rescue()
@@ -81,7 +95,7 @@ func (c *conn) advance() {
 		if next == c.stage {
 			return
 		}
-		c.stage = next
+		c.to(next)
 	}
 }
 
@@ -129,7 +143,7 @@ func (c *conn) abandon() {
 	l.closeSocket(&c.client)
 	l.closeSocket(&c.backend)
 	if c.stage != over {
-		c.stage = over
+		c.to(over)
 		l.counters.outcomes[Internal].Add(1)
 		if c.gen.open.Add(-1); c.counted {
 			l.gw.open.Add(-1)
@@ -157,18 +171,15 @@ func (c *conn) due() {
 	case c.stage == shakingHands:
 		c.handshakeDue()
 	case c.stage == connecting:
-		c.stage = c.connectDue()
-		c.advance()
+		c.goOn(c.connectDue())
 	case c.stage == asking:
 		c.blame(c.dial.server, "no answer in time")
-		c.stage = c.nextBackend("no answer in time")
-		c.advance()
+		c.goOn(c.nextBackend("no answer in time"))
 	case c.stage == waitingForRoom:
 		c.waitedInVain()
 	case c.stage == waitingEncryption:
 		l.encryptQueue.remove(c)
-		c.stage = c.nextBackend("waited too long for its turn to shake hands")
-		c.advance()
+		c.goOn(c.nextBackend("waited too long for its turn to shake hands"))
 	case c.stage == encrypting:
 		c.encryptionDue()
 	case c.stage == greeting, c.stage == translating, c.stage == relaying:

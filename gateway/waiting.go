@@ -25,7 +25,7 @@ func (c *conn) waitForRoom() stage {
 	}
 	l.queueUp(c, d.waited)
 	d.waited = true
-	c.stage = waitingForRoom
+	c.to(waitingForRoom)
 	c.setDeadline(d.waitUntil - l.now)
 	return waitingForRoom
 }
@@ -119,7 +119,8 @@ func (c *conn) searchAgain(q *turnQueue) (next bool) {
 	q.pop()
 	l.left(r)
 	c.dial.until = l.now + int64(r.connect)
-	if c.stage = c.search(); c.stage == waitingForRoom {
+	c.to(c.search())
+	if c.stage == waitingForRoom {
 		return false // somebody was quicker; it's at the front again
 	}
 	c.advance()
@@ -151,9 +152,8 @@ func (c *conn) waitedInVain() {
 
 func (c *conn) leaveAndRefuse(why string) {
 	c.loop.leaveQueue(c)
-	c.stage = connecting
-	c.stage = c.crowdedOut(why)
-	c.advance()
+	c.to(connecting)
+	c.goOn(c.crowdedOut(why))
 }
 
 // crowdedOut is the end of a connection for which no backend had room.

@@ -82,7 +82,7 @@ func load(path string) (*pkg, error) {
 		return nil, fmt.Errorf("go list: %w", err)
 	}
 	exports := map[string]string{}
-	p := &pkg{fset: token.NewFileSet(), info: &types.Info{Uses: map[*ast.Ident]types.Object{}, Defs: map[*ast.Ident]types.Object{}}}
+	p := &pkg{fset: token.NewFileSet(), info: &types.Info{Uses: map[*ast.Ident]types.Object{}, Types: map[ast.Expr]types.TypeAndValue{}, Defs: map[*ast.Ident]types.Object{}}}
 	name := ""
 	for d := json.NewDecoder(strings.NewReader(string(out))); ; {
 		var one struct {
@@ -128,7 +128,7 @@ func (p *pkg) figures() []figure {
 		lines.of = append(lines.of, fmt.Sprintf("%5d %s", n, p.file(f.Pos())))
 	}
 	slices.Sort(lines.of)
-	all := []figure{{name: "files", n: len(p.files)}, lines, p.methodsOf("conn"), p.settersOf("stage"), p.against()}
+	all := []figure{{name: "files", n: len(p.files)}, lines, p.methodsOf("conn"), p.settersOf("conn", "stage"), p.against()}
 	return append(all, p.lengths()...)
 }
 
@@ -156,15 +156,15 @@ func (p *pkg) methodsOf(receiver string) figure {
 	return f
 }
 
-// settersOf are the functions that assign to a field of this name of a conn.
-func (p *pkg) settersOf(field string) figure {
+// settersOf are the functions that assign to a field of a type.
+func (p *pkg) settersOf(of, field string) figure {
 	f := figure{name: "functions that set " + field}
 	p.functions(func(d *ast.FuncDecl) {
 		sets := false
 		ast.Inspect(d, func(n ast.Node) bool {
 			if a, ok := n.(*ast.AssignStmt); ok {
 				for _, x := range a.Lhs {
-					if s, ok := x.(*ast.SelectorExpr); ok && s.Sel.Name == field {
+					if s, ok := x.(*ast.SelectorExpr); ok && s.Sel.Name == field && p.isA(s.X, of) {
 						sets = true
 					}
 				}
@@ -177,6 +177,16 @@ func (p *pkg) settersOf(field string) figure {
 		}
 	})
 	return f
+}
+
+// isA says whether an expression is of the type, or points to one.
+func (p *pkg) isA(x ast.Expr, name string) bool {
+	t := p.info.TypeOf(x)
+	if pointer, ok := t.(*types.Pointer); ok {
+		t = pointer.Elem()
+	}
+	named, ok := t.(*types.Named)
+	return ok && named.Obj().Name() == name && named.Obj().Pkg() == p.types
 }
 
 // against are the references from a file to one that stands before it.
