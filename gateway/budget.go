@@ -65,14 +65,3 @@ func (c *conn) wholeRecordCame(f *flow, from *socket) bool {
 	room, err := unix.GetsockoptInt(int(from.fd), unix.SOL_SOCKET, unix.SO_RCVBUF)
 	return err != nil || came >= room/4 // the rest has no room in the kernel either
 }
-
-// pipesFor is how many pipes a loop may have: a thirty-second of the descriptors serves the pipes of all loops, and
-// idlePipes each are kept in any case. Streams beyond that are copied.
-func pipesFor(loops int) int {
-	const most = 1024
-	var r unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
-		return idlePipes
-	}
-	return min(max(int(min(r.Cur, 1<<24))/64/loops, idlePipes), most)
-}

@@ -170,3 +170,14 @@ func (c *conn) deliver(f *flow, to *socket) int {
 func (c *conn) lastSaid(f *flow, to *socket) bool {
 	return c.report.alertSent <= 0 || to.tls == nil || c.say(f, to, record.Alert(c.report.alertSent))
 }
+
+// lost is how a connection ends one of whose sockets is lost.
+func (c *conn) lost(s *socket) Outcome {
+	switch {
+	case s.failed != 0 && streamCalls.mean(s.failed) != meansGone:
+		return Internal
+	case s == &c.backend:
+		return BackendReset
+	}
+	return ClientReset
+}

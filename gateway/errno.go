@@ -81,14 +81,3 @@ func (k calls) mean(e unix.Errno) meaning {
 	}
 	return errnoTable[k][e]
 }
-
-// lost is how a connection ends one of whose sockets is lost.
-func (c *conn) lost(s *socket) Outcome {
-	switch {
-	case s.failed != 0 && streamCalls.mean(s.failed) != meansGone:
-		return Internal
-	case s == &c.backend:
-		return BackendReset
-	}
-	return ClientReset
-}

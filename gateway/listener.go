@@ -40,11 +40,6 @@ const (
 	minRest = 5 * time.Millisecond
 	// twice as long each time, at most for this: out of descriptors or memory, the reason won't go away by asking.
 	maxRest = time.Second
-	// AWS's network load balancer forgets a flow after 350 s of silence, most firewalls after longer: idle
-	// connections are kept known to them from well before that.
-	keepaliveIdle     = 120
-	keepaliveInterval = 30
-	keepaliveCount    = 4
 )
 
 // ListenError says which port could not be opened, and what to do.
@@ -128,7 +123,7 @@ const earlyLimit = 256
 // takeEarly has the kernel take data with the SYN, from clients that it has given a cookie, or not any more. It can be
 // told while it listens; where net.ipv4.tcp_fastopen does not let servers it makes no difference.
 func (ln *listener) takeEarly(on bool) {
-	_ = unix.SetsockoptInt(int(ln.fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN, bit(on)*earlyLimit)
+	_ = sysSet(ln.fd, unix.IPPROTO_TCP, unix.TCP_FASTOPEN, bit(on)*earlyLimit)
 }
 
 // serve has new connections get what a generation serves there.
@@ -137,60 +132,6 @@ func (ln *listener) serve(gen *generation, rules *portRules) {
 		ln.takeEarly(rules.early)
 	}
 	ln.gen, ln.rules = gen, rules
-}
-
-// boundSocket is a socket bound to the address: for all addresses one that takes IPv4 as well as IPv6, or only IPv4
-// where the kernel has no IPv6.
-func boundSocket(addr netip.Addr, port uint16, share bool) (int, error) {
-	if addr.IsValid() {
-		return bind(netip.AddrPortFrom(addr, port), true, share)
-	}
-	fd, err := bind(netip.AddrPortFrom(netip.IPv6Unspecified(), port), false, share)
-	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL) {
-		return bind(netip.AddrPortFrom(netip.IPv4Unspecified(), port), true, share)
-	}
-	return fd, err
-}
-
-func bind(ap netip.AddrPort, only, share bool) (int, error) {
-	sa, family := sockaddrOf(ap)
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return -1, err
-	}
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
-	if family == unix.AF_INET6 {
-		_ = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, bit(only))
-	}
-	if share {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
-			_ = unix.Close(fd)
-			return -1, err
-		}
-	}
-	if err := unix.Bind(fd, sa); err != nil {
-		_ = unix.Close(fd)
-		return -1, err
-	}
-	return fd, nil
-}
-
-func bit(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
-}
-
-func zoneIndex(zone string) uint32 {
-	if zone == "" {
-		return 0
-	}
-	if ifi, err := net.InterfaceByName(zone); err == nil {
-		return uint32(ifi.Index)
-	}
-	n, _ := strconv.Atoi(zone)
-	return uint32(n)
 }
 
 // ready is told that connections wait. One is accepted at a time: the poller tells again while there are more, and a
@@ -278,15 +219,6 @@ const lastCall = 300 * time.Millisecond
 // time for an answer of ours to be lost, which is sent again after a second (RFC 6298, section 2), and for his own.
 const movedCall = 2 * time.Second
 
-// dropSYN is a classic BPF program for a TCP socket: drop segments with SYN set, take the others. The program sees
-// the TCP header; its flags are in byte 13.
-var dropSYN = []unix.SockFilter{
-	{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: 13},
-	{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: 0x02, Jt: 0, Jf: 1},
-	{Code: unix.BPF_RET | unix.BPF_K, K: 0},
-	{Code: unix.BPF_RET | unix.BPF_K, K: 0xffff},
-}
-
 // lastCalls begins the end of a listener: no new connections from the network, those on their way are welcome.
 func (ln *listener) lastCalls() {
 	if err := ln.deafen(); err != nil {
@@ -303,9 +235,7 @@ const maxHops = 255
 // at SYNs, and not at what completes a handshake that has begun. What it accepts from here on inherits that, and has it
 // taken back.
 func (ln *listener) deafen() error {
-	err := unix.SetsockoptSockFprog(int(ln.fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
-		&unix.SockFprog{Len: uint16(len(dropSYN)), Filter: &dropSYN[0]})
-	if err == nil {
+	if sysDropSYN(ln.fd) == nil {
 		return nil
 	}
 	return ln.dropRouted()
@@ -314,19 +244,6 @@ func (ln *listener) deafen() error {
 func (ln *listener) dropRouted() error {
 	ln.far = true
 	return hearFrom(ln.fd, maxHops)
-}
-
-// hearFrom has a socket drop packets that arrive with fewer hops left than this, in both families: IPv4 reaches an IPv6
-// socket as well.
-func hearFrom(fd int32, hops int) error {
-	if e := sysSet(fd, unix.IPPROTO_IP, unix.IP_MINTTL, hops); e != 0 {
-		return e
-	}
-	e := sysSet(fd, unix.IPPROTO_IPV6, unix.IPV6_MINHOPCOUNT, hops)
-	if e != 0 && e != unix.ENOPROTOOPT && e != unix.EOPNOTSUPP { // what an IPv4 socket says
-		return e
-	}
-	return nil
 }
 
 // close accepts what has arrived and closes the socket.

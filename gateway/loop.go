@@ -157,7 +157,7 @@ func (l *loop) dispatch(ev *unix.EpollEvent) {
 // watch puts a connection's socket under the loop's care.
 func (l *loop) watch(s *socket) error {
 	l.socks.enlist(s)
-	if err := l.poll.add(s); err != nil {
+	if err := l.poll.add(s.fd, s.slot, s.gen); err != nil {
 		l.socks.strike(s)
 		return err
 	}
@@ -167,7 +167,7 @@ func (l *loop) watch(s *socket) error {
 func (l *loop) watchListener(ln *listener) error {
 	ln.sock = socket{fd: ln.fd, owner: ln}
 	l.socks.enlist(&ln.sock)
-	if err := l.poll.addLevel(&ln.sock); err != nil {
+	if err := l.poll.addLevel(ln.sock.fd, ln.sock.slot, ln.sock.gen); err != nil {
 		l.socks.strike(&ln.sock)
 		return err
 	}

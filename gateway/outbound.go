@@ -4,10 +4,8 @@ package gateway
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -118,27 +116,6 @@ func (o *outbound) bind(fd, family int, client netip.Addr) error {
 		return unix.Bind(fd, sa)
 	}
 	return o.bindPort(fd, from)
-}
-
-func setTransparent(fd, family int) error {
-	if family == unix.AF_INET6 {
-		return unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, 1)
-	}
-	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1)
-}
-
-// setPortRange has the kernel choose among these ports (IP_LOCAL_PORT_RANGE, since Linux 6.3).
-func setPortRange(fd int, lo, hi uint16) error {
-	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_LOCAL_PORT_RANGE, int(uint32(hi)<<16|uint32(lo)))
-}
-
-// kernelChooses says whether these ports are within the range that is set for the whole machine. Of others the kernel
-// takes no notice.
-func kernelChooses(lo, hi uint16) bool {
-	var from, to uint16
-	text, _ := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
-	n, _ := fmt.Sscan(string(text), &from, &to)
-	return n == 2 && from <= lo && hi <= to
 }
 
 // bindPort takes the next port of the range that is free. It is a loop that waits, so it does not try them all.

@@ -105,19 +105,21 @@ func (p *poller) wake() {
 
 // add watches a socket for everything, edge-triggered: an edge says that there is news, and the conn remembers it until
 // a call says otherwise.
-func (p *poller) add(s *socket) error {
-	return p.ctl(s, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI|unix.EPOLLET)
+func (p *poller) add(fd int32, slot, gen uint32) error {
+	return p.ctl(fd, slot, gen, unix.EPOLLIN|unix.EPOLLOUT|unix.EPOLLRDHUP|unix.EPOLLPRI|unix.EPOLLET)
 }
 
 // addLevel watches a socket for readability, level-triggered: told again and again until it's read.
-func (p *poller) addLevel(s *socket) error { return p.ctl(s, unix.EPOLLIN) }
+func (p *poller) addLevel(fd int32, slot, gen uint32) error {
+	return p.ctl(fd, slot, gen, unix.EPOLLIN)
+}
 
 func (p *poller) remove(fd int32) { _ = unix.EpollCtl(int(p.fd), unix.EPOLL_CTL_DEL, int(fd), nil) }
 
 // ctl begins to watch a socket. The events name its slot, not its descriptor.
-func (p *poller) ctl(s *socket, events uint32) error {
-	ev := unix.EpollEvent{Events: events, Fd: int32(s.slot), Pad: int32(s.gen)}
-	if err := unix.EpollCtl(int(p.fd), unix.EPOLL_CTL_ADD, int(s.fd), &ev); err != nil {
+func (p *poller) ctl(fd int32, slot, gen uint32, events uint32) error {
+	ev := unix.EpollEvent{Events: events, Fd: int32(slot), Pad: int32(gen)}
+	if err := unix.EpollCtl(int(p.fd), unix.EPOLL_CTL_ADD, int(fd), &ev); err != nil {
 		return fmt.Errorf("watch a socket: %w", err)
 	}
 	return nil
