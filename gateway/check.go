@@ -266,7 +266,7 @@ func probeTLS(ctx context.Context, conn net.Conn, c *check) error {
 
 // probeStartTLS is for servers that the map has no TLS for: clients ask them for it behind mode=pass or mode=tcp.
 func probeStartTLS(ctx context.Context, conn net.Conn, c *check) error {
-	_, err := c.encrypted(ctx, conn, starttls.Named(c.how.StartTLS.String()))
+	_, err := c.encrypted(ctx, conn, starttls.Protocol(c.how.StartTLS))
 	return err
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/gateway/ktls"
+	"github.com/tlsnat/tlsnat/gateway/record"
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -557,8 +558,8 @@ func (c *conn) dropRival() {
 func (c *conn) unconnected(o Outcome, why string) stage {
 	c.tell(o, why)
 	if s := c.client.tls; s != nil {
-		c.report.alertSent = alertInternalError
-		return c.answerAndLinger(s.writer.AppendAlert(nil, alertInternalError))
+		c.report.alertSent = int16(alertInternalError)
+		return c.answerAndLinger(s.writer.AppendAlert(nil, record.AlertInternalError))
 	}
 	if c.prelude.Protocol == starttls.MySQL && c.dial.talk == nil { // who waits for a greeting
 		return c.answerAndLinger(starttls.MySQLRefusal(nil, "no server answers"))

@@ -10,13 +10,8 @@ import (
 	"github.com/tlsnat/tlsnat/gateway/record"
 )
 
-// Record and handshake types that are looked at during a handshake (RFC 8446, sections 5.1 and 4).
+// Handshake types that are looked at during a handshake (RFC 8446, section 4).
 const (
-	recordChangeCipherSpec = 20
-	recordAlert            = 21
-	recordHandshake        = 22
-	recordData             = 23
-
 	messageClientHello = 1
 	messageServerHello = 2
 
@@ -89,7 +84,7 @@ func (f *follower) follow(b []byte) {
 func (f *follower) opened() {
 	r := &f.record
 	r.size = int(r.header[3])<<8 | int(r.header[4])
-	r.plain = r.header[0] != recordData && !f.changed
+	r.plain = r.header[0] != record.TypeData && !f.changed
 	if !r.plain {
 		f.last, f.lastSize = append(f.last[:0], r.header[:]...), recordHeader+r.size
 	}
@@ -104,9 +99,9 @@ func (f *follower) bytes(b []byte) {
 	switch {
 	case !r.plain:
 		f.last = append(f.last, b[:min(len(b), max(0, f.keep-len(f.last)))]...)
-	case r.header[0] == recordHandshake:
+	case r.header[0] == record.TypeHandshake:
 		f.messages(b)
-	case r.header[0] == recordAlert && r.body < len(r.alert):
+	case r.header[0] == record.TypeAlert && r.body < len(r.alert):
 		copy(r.alert[r.body:], b)
 	}
 	if r.body += len(b); r.body == r.size {
@@ -119,19 +114,19 @@ func (f *follower) closed() {
 	r := &f.record
 	typ := r.header[0]
 	switch {
-	case typ == recordData:
+	case typ == record.TypeData:
 		f.secret++
-	case typ == recordAlert && r.plain && r.size == len(r.alert) && r.alert[0] == alertLevelFatal:
+	case typ == record.TypeAlert && r.plain && r.size == len(r.alert) && r.alert[0] == alertLevelFatal:
 		f.alert = int16(r.alert[1])
 	}
 	switch {
 	case f.changed:
 		f.behind++
-		if typ == recordHandshake {
+		if typ == record.TypeHandshake {
 			f.pieces++
 			f.sealed += r.size
 		}
-	case typ == recordChangeCipherSpec:
+	case typ == record.TypeChangeCipherSpec:
 		f.changed = true
 	}
 	f.record = followedRecord{}

@@ -92,7 +92,7 @@ func (l *loop) dropHello(why refusal) {
 	c := l.queue.drop()
 	c.refused(why)
 	c.tell(Limited, refusalTexts[why])
-	c.report.alertSent = alertInternalError
+	c.report.alertSent = int16(alertInternalError)
 	_, _ = sysWrite(c.client.fd, []byte{21, 3, 3, 0, 2, 2, alertInternalError})
 	c.finish(Limited, "")
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/record"
 
 	"golang.org/x/sys/unix"
 
@@ -22,11 +23,11 @@ const helloLimit = 96 << 10
 // Alerts that are sent before there is a TLS connection (RFC 8446, section 6).
 const (
 	alertNone              = 0 // as package sni has it
-	alertUnexpectedMessage = 10
-	alertDecodeError       = 50
-	alertAccessDenied      = 49
-	alertInternalError     = 80
-	alertUnrecognizedName  = 112
+	alertUnexpectedMessage = uint8(record.AlertUnexpectedMessage)
+	alertDecodeError       = uint8(record.AlertDecodeError)
+	alertAccessDenied      = uint8(record.AlertAccessDenied)
+	alertInternalError     = uint8(record.AlertInternalError)
+	alertUnrecognizedName  = uint8(record.AlertUnrecognizedName)
 )
 
 // readHello gathers the ClientHello. Ports whose bytes are not to be looked at go on at once.
@@ -100,7 +101,7 @@ func (c *conn) notTLS(b []byte, err error) stage {
 func firstRecordAlert(b []byte, said uint8) uint8 {
 	const highest = 4 // records of version 3.0 to 3.4
 	switch {
-	case len(b) >= 7 && b[0] == recordAlert && b[5] == alertLevelFatal:
+	case len(b) >= 7 && b[0] == record.TypeAlert && b[5] == alertLevelFatal:
 		return alertNone
 	case said == alertNone && len(b) >= 3 && b[1] == 3 && b[2] <= highest:
 		return alertUnexpectedMessage

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -57,15 +58,15 @@ func (c printableCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore
 }
 
 func (c printableCore) Write(e zapcore.Entry, fields []zap.Field) error {
-	e.Message = Printable(e.Message, maxMessage)
+	e.Message = printable.Text(e.Message, maxMessage)
 	for i := range fields {
 		switch f := &fields[i]; {
 		case f.Type == zapcore.ErrorType:
 			if err, ok := f.Interface.(error); ok && err != nil {
-				*f = zap.String(f.Key, Printable(err.Error(), maxField))
+				*f = zap.String(f.Key, printable.Text(err.Error(), maxField))
 			}
 		case f.Type == zapcore.StringType && f.Key != stackField:
-			f.String = Printable(f.String, maxField)
+			f.String = printable.Text(f.String, maxField)
 		}
 	}
 	return c.Core.Write(e, fields)
@@ -112,7 +113,7 @@ func newLineBuffer(out io.Writer) *lineBuffer {
 
 // Write takes a line.
 func (b *lineBuffer) Write(line []byte) (int, error) {
-	text := PrintableJSON(line)
+	text := printable.JSON(line)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed || len(b.pending)+len(text) > pendingLines {

@@ -3,7 +3,6 @@
 package gateway
 
 import (
-	"encoding/json"
 	"errors"
 	"io"
 	"os"
@@ -11,62 +10,11 @@ import (
 	"testing"
 	"time"
 	"unicode"
-	"unicode/utf8"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
 
 	"go.uber.org/zap"
 )
-
-func TestPrintable(t *testing.T) {
-	for text, want := range map[string]string{
-		"": "", "www.bank.example": "www.bank.example", "bücher.example": "bücher.example", "日本 ok": "日本 ok",
-		"a\x1b[2Jb": `a\u001b[2Jb`, "a\u009b2Jb": `a\u009b2Jb`, "\u202egnp.exe": `\u202egnp.exe`, "a\u2028b\u2029": `a\u2028b\u2029`,
-		"a\x00\n\t\x7f": `a\u0000\u000a\u0009\u007f`, "\xff\xfe": `\xff\xfe`, "a\u200bb\ufeff": `a\u200bb\ufeff`, "\U000e0041": `\udb40\udc41`,
-	} {
-		if got := Printable(text, 100); got != want {
-			t.Errorf("%q becomes %q, want %q", text, got, want)
-		}
-	}
-	if got := Printable(strings.Repeat("x", 63<<10), 10); got != "xxxxxxxxxx…" {
-		t.Errorf("%q", got)
-	}
-	if got := Printable("123456789é", 10); got != "123456789…" {
-		t.Errorf("half a character: %q", got)
-	}
-	if n := testing.AllocsPerRun(100, func() { Printable("www.bank.example", 100) }); n != 0 {
-		t.Errorf("a plain name costs %v allocations", n)
-	}
-}
-
-func FuzzPrintable(f *testing.F) {
-	for _, s := range []string{"www", "\u202e", "\xff\u009b", "é\xc3", "\U000e0041"} {
-		f.Add(s, 10)
-	}
-	f.Fuzz(func(t *testing.T, s string, limit int) {
-		limit &= 1<<10 - 1
-		got := Printable(s, limit)
-		for _, r := range got {
-			if r == utf8.RuneError && !strings.ContainsRune(s, utf8.RuneError) || !unicode.IsPrint(r) {
-				t.Fatalf("%q of %q", r, got)
-			}
-		}
-		if len(got) > 6*limit+len("…") {
-			t.Fatalf("%d bytes of %d", len(got), limit)
-		}
-		if Printable(got, len(got)) != got {
-			t.Fatalf("%q changes", got)
-		}
-		line, err := json.Marshal(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var back, same string
-		if json.Unmarshal(line, &back) != nil || json.Unmarshal(PrintableJSON(line), &same) != nil || back != same {
-			t.Fatalf("JSON that says something else: %q, %q", back, same)
-		}
-	})
-}
 
 // lines is what a logger of the format writes.
 func linesOf(t *testing.T, format string, write func(*zap.Logger)) string {

@@ -5,6 +5,7 @@ package gateway
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -136,25 +137,29 @@ func judgeV2(b []byte) error {
 // checkTLVs holds the lengths of TLVs against the header that they are in, and those in the one about TLS against that (PROXY
 // protocol, sections 2.2.4 and 2.2.6): what one reader takes for the end another would take for more.
 func checkTLVs(b []byte) error {
-	for len(b) > 0 {
-		if len(b) < tlvHead {
-			return errors.New("the PROXY header ends within a TLV")
-		}
-		n := tlvHead + int(binary.BigEndian.Uint16(b[1:]))
-		if n > len(b) {
-			return errors.New("the PROXY header has a TLV that is longer than the rest of it")
-		}
-		switch kind, value := proxyproto.PP2Type(b[0]), b[tlvHead:n]; {
-		case kind == proxyproto.PP2_TYPE_CRC32C && len(value) != 4:
-			return fmt.Errorf("the CRC32C of the PROXY header has %d bytes, not 4", len(value))
-		case kind == proxyproto.PP2_TYPE_SSL && len(value) < sslTLVHead:
-			return fmt.Errorf("the TLV about TLS in the PROXY header has %d bytes, less than %d", len(value), sslTLVHead)
-		case kind == proxyproto.PP2_TYPE_SSL:
-			if err := checkParts(value[sslTLVHead:]); err != nil {
-				return err
-			}
-		}
-		b = b[n:]
+	var wrong error
+	rest := eachTLV(b, func(kind uint8, whole []byte) {
+		wrong = cmp.Or(wrong, checkTLV(proxyproto.PP2Type(kind), whole[tlvHead:]))
+	})
+	switch {
+	case wrong != nil:
+		return wrong
+	case len(rest) >= tlvHead:
+		return errors.New("the PROXY header has a TLV that is longer than the rest of it")
+	case len(rest) > 0:
+		return errors.New("the PROXY header ends within a TLV")
+	}
+	return nil
+}
+
+func checkTLV(kind proxyproto.PP2Type, value []byte) error {
+	switch {
+	case kind == proxyproto.PP2_TYPE_CRC32C && len(value) != 4:
+		return fmt.Errorf("the CRC32C of the PROXY header has %d bytes, not 4", len(value))
+	case kind == proxyproto.PP2_TYPE_SSL && len(value) < sslTLVHead:
+		return fmt.Errorf("the TLV about TLS in the PROXY header has %d bytes, less than %d", len(value), sslTLVHead)
+	case kind == proxyproto.PP2_TYPE_SSL:
+		return checkParts(value[sslTLVHead:])
 	}
 	return nil
 }
@@ -164,9 +169,7 @@ const sslTLVHead = 1 + 4
 
 // checkParts holds the lengths of the TLVs in one about TLS against that.
 func checkParts(b []byte) error {
-	rest := len(b)
-	eachTLV(b, func(_ uint8, whole []byte) { rest -= len(whole) })
-	if rest != 0 {
+	if rest := eachTLV(b, func(uint8, []byte) {}); len(rest) > 0 {
 		return errors.New("the TLV about TLS in the PROXY header has a part that goes beyond it")
 	}
 	return nil

@@ -220,7 +220,7 @@ func (c *conn) hear(f *flow, from, to *socket, said unix.Errno) int {
 	}
 	if said == 0 {
 		if !from.ended() {
-			c.judge(f, from, ktls.TypeData, nil) // recvmsg would go on behind it, however many there are
+			c.judge(f, from, record.TypeData, nil) // recvmsg would go on behind it, however many there are
 			return 0
 		}
 	}
@@ -250,7 +250,7 @@ func (c *conn) received(f *flow, from, to *socket, buf []byte, n int, typ byte, 
 		c.unopened(f, from, e)
 	case n == 0 && typ == 0:
 		c.streamEnded(f, from, to)
-	case typ == ktls.TypeData && n > 0:
+	case typ == record.TypeData && n > 0:
 		r.Carried(n)
 		c.carried(f, n)
 		if to.seals() {
@@ -322,7 +322,7 @@ func (c *conn) renewInKernel(f *flow, to *socket) {
 		return
 	}
 	suite := s.writer.Suite()
-	if e := ktls.Send(to.fd, ktls.TypeHandshake, keyUpdate); e != 0 {
+	if e := ktls.Send(to.fd, record.TypeHandshake, keyUpdate); e != 0 {
 		to.wrote(0, len(keyUpdate), e)
 		return
 	}
@@ -427,9 +427,9 @@ func (c *conn) say(f *flow, to *socket, a record.Alert) bool {
 		return false
 	}
 	body := a.Body()
-	e := ktls.Send(to.fd, ktls.TypeAlert, body[:])
+	e := ktls.Send(to.fd, record.TypeAlert, body[:])
 	if to.kernelOpens() && unopenable(e) { // the error of what came meanwhile; it's said once
-		e = ktls.Send(to.fd, ktls.TypeAlert, body[:])
+		e = ktls.Send(to.fd, record.TypeAlert, body[:])
 	}
 	if e != 0 {
 		to.wrote(0, len(body), e)

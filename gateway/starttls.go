@@ -35,10 +35,10 @@ type speech struct {
 
 // speechOf is that of a rule's backend. Where mode=pass has answered the client, the backend still waits for the question.
 func speechOf(r *natmap.Rule, spec *natmap.Backend) speech {
-	spoken := starttls.Named(r.Options.StartTLS.String())
+	spoken := starttls.Protocol(r.Options.StartTLS)
 	switch {
 	case spec.StartTLS != natmap.StartTLSOff:
-		return speech{speaks: starttls.Named(spec.StartTLS.String()), asks: true}
+		return speech{speaks: starttls.Protocol(spec.StartTLS), asks: true}
 	case r.Options.Mode == natmap.Pass && spoken != starttls.Off:
 		return speech{speaks: spoken, asks: true}
 	case spoken.Greets():
@@ -58,7 +58,7 @@ func (p *portRules) begins(gen *generation) {
 	if p.rules == nil || p.rules.StartTLS == natmap.StartTLSOff {
 		return
 	}
-	p.prelude = starttls.Named(p.rules.StartTLS.String())
+	p.prelude = starttls.Protocol(p.rules.StartTLS)
 	p.first = readingPrelude
 	p.eager = p.prelude.Greets()
 	p.host = greetingName(gen.config.Map, p.rules)
@@ -473,8 +473,8 @@ func (c *conn) takeGreeting(b []byte) (rest []byte, err error) {
 	switch {
 	case err != nil:
 		c.tell(ConnectFailed, c.dial.name()+": "+c.dial.backend.speaks.String()+": "+err.Error())
-		c.report.alertSent = alertInternalError
-		c.say(&c.down, &c.client, alertInternalError)
+		c.report.alertSent = int16(alertInternalError)
+		c.say(&c.down, &c.client, record.AlertInternalError)
 	case step == starttls.Greeted:
 		rest = t.heard
 		c.understood()

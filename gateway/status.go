@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -330,7 +331,7 @@ func join[T any](ctx context.Context, g *Gateway, answers []chan []T) (all []T, 
 func millis(d int64) int64 { return d / int64(time.Millisecond) }
 
 func (r *report) info() ConnInfo {
-	i := ConnInfo{ID: r.idText(), Listen: r.listen.nameAt(r.port), Client: r.source, Peer: r.peer, SNI: Printable(r.sni, maxField), Backend: r.backend,
+	i := ConnInfo{ID: r.idText(), Listen: r.listen.nameAt(r.port), Client: r.source, Peer: r.peer, SNI: printable.Text(r.sni, maxField), Backend: r.backend,
 		Stage: r.stage.String(), Up: r.up, Down: r.down, rank: rankOf(r)}
 	if r.version != 0 {
 		i.TLS = r.versionNumber()
@@ -372,7 +373,7 @@ func (e *endedRing) list(q *ConnQuery, now int64) (all []EndedConn) {
 	for i := range e.ring {
 		if entry := &e.ring[i]; entry.at != 0 && q.fits(&entry.report, entry.report.stage) {
 			r := &entry.report
-			all = append(all, EndedConn{ConnInfo: r.info(), Outcome: r.outcome.String(), Error: Printable(r.err, maxField),
+			all = append(all, EndedConn{ConnInfo: r.info(), Outcome: r.outcome.String(), Error: printable.Text(r.err, maxField),
 				DurationMS: millis(entry.at - r.accepted), AgoMS: millis(now - entry.at)})
 		}
 	}

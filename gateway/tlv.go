@@ -31,16 +31,17 @@ type tlvs struct {
 	dropped int    // for which there was no room
 }
 
-// eachTLV calls f with each TLV of b as it stands there, until b is at its end or what follows is none.
-func eachTLV(b []byte, f func(kind uint8, whole []byte)) {
+// eachTLV calls f with each TLV of b as it stands there, until b is at its end or what follows is none. It returns that.
+func eachTLV(b []byte, f func(kind uint8, whole []byte)) (rest []byte) {
 	for len(b) >= tlvHead {
 		n := tlvHead + int(binary.BigEndian.Uint16(b[1:]))
 		if n > len(b) {
-			return
+			return b
 		}
 		f(b[0], b[:n])
 		b = b[n:]
 	}
+	return b
 }
 
 // keepTLVs takes those of the wanted types out of a header, nil if it has none.

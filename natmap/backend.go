@@ -183,7 +183,7 @@ func (p *parser) hostPort(t token) (host, port token, ok bool) {
 
 func (p *parser) noPort(t token) {
 	msg := quote(t.text) + " is a backend without a port"
-	switch w := nearest(t.text, actionWords[Redirect:]); {
+	switch w := Nearest(t.text, actionWords[Redirect:]); {
 	case t.text == "":
 		p.fault(t, "the backend has no host and no port", "write one like 10.0.0.11:8080")
 	case w == t.text:

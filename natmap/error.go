@@ -97,14 +97,14 @@ func list(words []string) string {
 	return strings.Join(words[:last], ", ") + " or " + words[last]
 }
 
-// nearest returns the word that s is most probably a slip of, or "".
-func nearest(s string, words []string) string {
+// Nearest returns the word that s is most probably a slip of, or "". Large and small letters are the same.
+func Nearest(s string, words []string) string {
 	if len(s) == 0 || len(s) > 24 { // longer than any word of ours: not a slip, and distance is quadratic
 		return ""
 	}
 	best, at := "", 1+min(2, utf8.RuneCountInString(s)/3)
 	for _, w := range words {
-		if d := distance(strings.ToLower(s), w); d < at {
+		if d := distance(strings.ToLower(s), strings.ToLower(w)); d < at {
 			best, at = w, d
 		}
 	}

@@ -14,17 +14,35 @@ import (
 
 // An OptionDoc documents one option.
 type OptionDoc struct {
-	Key   string // "mode"
-	Value string // "terminate|pass|tcp"
-	Rules string // the rules it has a meaning for: "terminate, pass, tcp"
-	Help  string // one line
+	Key     string // "mode"
+	Value   string // "terminate|pass|tcp"
+	Rules   string // the rules it has a meaning for: "terminate, pass, tcp"
+	Help    string // one line
+	Default string // what it is when nobody sets it, in words; "" if a setting says that
+	Setting string // the setting that does, without its prefix: "IDLE_TIMEOUT"
+
+	row *option
 }
+
+// AppliesTo says whether the option has a meaning for the rule.
+func (d *OptionDoc) AppliesTo(r *Rule) bool {
+	o := d.row
+	return o.uses&kindOf(r.Action, r.Options.Mode) != 0 && !(o.unnamed && r.Name != "") && !(o.header && r.Options.Proxy != ProxyV2) &&
+		!(o.encrypts && !slices.ContainsFunc(r.Backends, func(b Backend) bool { return b.TLS }))
+}
+
+// settings begins the default of an option that a setting gives.
+const settings = "setting "
 
 // OptionDocs returns every option a rule can have, in canonical order.
 func OptionDocs() []OptionDoc {
 	docs := make([]OptionDoc, len(options))
-	for i, o := range options {
-		docs[i] = OptionDoc{o.key, o.value, o.where(), o.help}
+	for i := range options {
+		o := &options[i]
+		docs[i] = OptionDoc{Key: o.key, Value: o.value, Rules: o.where(), Help: o.help, Default: o.def, row: o}
+		if name, ok := strings.CutPrefix(o.def, settings); ok {
+			docs[i].Default, docs[i].Setting = "", name
+		}
 	}
 	return docs
 }
@@ -33,6 +51,7 @@ func OptionDocs() []OptionDoc {
 // to Options).
 type option struct {
 	key, value, help string
+	def              string // what it is when nobody sets it, or the setting that says so (settings)
 	uses             kind
 	unnamed          bool // only for a rule without a name
 	encrypts         bool // only for a rule with a tls:// backend
@@ -48,85 +67,85 @@ var options = slices.Concat(ruleOptions, poolOptions, gateOptions, startTLSOptio
 
 var ruleOptions = []option{
 	{
-		key: "mode", value: "terminate|pass|tcp", uses: terminate | pass | tcp | demo,
+		key: "mode", def: "terminate", value: "terminate|pass|tcp", uses: terminate | pass | tcp | demo,
 		help: "terminate: TLS ends here; pass: route on the name, touch nothing; tcp: look at nothing (default terminate)",
 		set:  enum(modeWords, nil, func(o *Options) *Mode { return &o.Mode }),
 		show: func(o *Options) string { return o.Mode.String() },
 	},
 	{
-		key: "proxy", value: "v1|v2|off", uses: terminate | pass | tcp,
+		key: "proxy", def: "off", value: "v1|v2|off", uses: terminate | pass | tcp,
 		help: "PROXY protocol header sent to the backend (default off)",
 		set: enum(proxyWords, map[string]string{"1": "v1", "2": "v2", "none": "off", "no": "off", "on": "v2", "yes": "v2"},
 			func(o *Options) *ProxyVersion { return &o.Proxy }),
 		show: func(o *Options) string { return o.Proxy.String() },
 	},
-	timer("idle", "closes a connection that moved no byte for so long", terminate|pass|tcp|demo, true,
+	timer("idle", settings+"IDLE_TIMEOUT", "closes a connection that moved no byte for so long", terminate|pass|tcp|demo, true,
 		func(o *Options) *time.Duration { return &o.Idle }),
-	timer("connect", "how long a backend is sought, all that are tried together, their TLS handshakes included", terminate|pass|tcp, false,
+	timer("connect", settings+"CONNECT_TIMEOUT", "how long a backend is sought, all that are tried together, their TLS handshakes included", terminate|pass|tcp, false,
 		func(o *Options) *time.Duration { return &o.Connect }),
-	timer("linger", "how long the open half of a half-closed connection may be idle", terminate|pass|tcp|demo, false,
+	timer("linger", settings+"LINGER_TIMEOUT", "how long the open half of a half-closed connection may be idle", terminate|pass|tcp|demo, false,
 		func(o *Options) *time.Duration { return &o.Linger }),
-	timer("lifetime", "closes a connection so long after it was accepted", terminate|pass|tcp|demo, true,
+	timer("lifetime", "off", "closes a connection so long after it was accepted", terminate|pass|tcp|demo, true,
 		func(o *Options) *time.Duration { return &o.Lifetime }),
-	timer("drain", "after a reload without this rule its connections may go on for so long (default: until they end)", terminate|pass|tcp|demo, false,
+	timer("drain", "until they end", "after a reload without this rule its connections may go on for so long (default: until they end)", terminate|pass|tcp|demo, false,
 		func(o *Options) *time.Duration { return &o.Drain }),
 	{
-		key: "min-tls", value: "1.2|1.3", uses: terminate | demo,
+		key: "min-tls", def: settings + "MIN_TLS", value: "1.2|1.3", uses: terminate | demo,
 		help: "lowest TLS version a client may speak",
 		set:  setMinTLS,
 		show: func(o *Options) string { return "1." + strconv.Itoa(int(o.MinTLS)-0x0301) },
 	},
 	{
-		key: "alpn", value: "PROTOCOL,…", uses: terminate | demo, unrouted: true,
+		key: "alpn", def: "none", value: "PROTOCOL,…", uses: terminate | demo, unrouted: true,
 		help: "application protocols offered to the client, preferred first, as in h2,http/1.1",
 		set:  setALPN,
 		show: func(o *Options) string { return strings.Join(o.ALPN, ",") },
 	},
 	{
-		key: "cert", value: "NAME", uses: terminate | demo, unnamed: true,
+		key: "cert", def: "by address", value: "NAME", uses: terminate | demo, unnamed: true,
 		help: "certificate for a client that sends no name",
 		set:  func(p *parser, o *Options, v token) { o.Cert = p.name(v) },
 		show: func(o *Options) string { return o.Cert },
 	},
 	{
-		key: "ktls", value: "auto|rx|off", uses: terminate | tcp | demo,
+		key: "ktls", def: settings + "KTLS", value: "auto|rx|off", uses: terminate | tcp | demo,
 		help: "auto: the kernel seals TLS for connections that stream, where it can, and opens it from Linux 7.0 on; rx: it opens it before that too, where it can; off: neither (default auto)",
 		set: enum(ktlsWords, map[string]string{"on": "auto", "yes": "auto", "no": "off"},
 			func(o *Options) *KTLS { return &o.KTLS }),
 		show: func(o *Options) string { return o.KTLS.String() },
 	},
 	{
-		key: "truncation", value: "fin|reset", uses: terminate | tcp | demo,
+		key: "truncation", def: "fin from clients, reset from backends", value: "fin|reset", uses: terminate | tcp | demo,
 		help: "how a stream of TLS that ends without a close_notify, as anybody on the way can make it, goes on to a side without TLS (default fin from clients, many of which end like that, reset from backends)",
 		set:  setTruncation,
 		show: func(o *Options) string { return o.Truncation.String() },
 	},
 	{
-		key: "https-port", value: "PORT", uses: redirect,
+		key: "https-port", def: "443", value: "PORT", uses: redirect,
 		help: "port that redirect sends the client to (default 443)",
 		set:  func(p *parser, o *Options, v token) { o.HTTPSPort, _ = p.port(v) },
 		show: func(o *Options) string { return strconv.Itoa(int(o.HTTPSPort)) },
 	},
 	{
-		key: "backend-ca", value: "NAME", uses: terminate | tcp, encrypts: true,
+		key: "backend-ca", def: "the system's", value: "NAME", uses: terminate | tcp, encrypts: true,
 		help: "backends have to show a certificate of these CAs, NAME.pem in TLSNAT_BACKEND_CAS (default: those of the system)",
 		set:  func(p *parser, o *Options, v token) { o.BackendCA = p.fileName(v) },
 		show: func(o *Options) string { return o.BackendCA },
 	},
 	{
-		key: "backend-name", value: "NAME|sni", uses: terminate | tcp, encrypts: true,
+		key: "backend-name", def: "the backend's host", value: "NAME|sni", uses: terminate | tcp, encrypts: true,
 		help: "the name that backends are asked for, and their certificate has to be for; sni: the one that the client asked for (default: the backend's host)",
 		set:  setBackendName,
 		show: func(o *Options) string { return o.BackendName },
 	},
 	{
-		key: "backend-cert", value: "NAME", uses: terminate | tcp, encrypts: true,
+		key: "backend-cert", def: "none", value: "NAME", uses: terminate | tcp, encrypts: true,
 		help: "certificate, by a name that it has, shown to backends that ask for one",
 		set:  func(p *parser, o *Options, v token) { o.BackendCert = p.name(v) },
 		show: func(o *Options) string { return o.BackendCert },
 	},
 	{
-		key: "backend-verify", value: "on|off", uses: terminate | tcp, encrypts: true,
+		key: "backend-verify", def: "on", value: "on|off", uses: terminate | tcp, encrypts: true,
 		help: "off: encrypt to whoever answers, whatever certificate it shows; who can intercept the connection reads everything (default on)",
 		set: func(p *parser, o *Options, v token) {
 			var off uint8
@@ -243,7 +262,7 @@ func enum[T ~uint8](words []string, slips map[string]string, field func(*Options
 		hint := "write " + list(words)
 		if w := slips[strings.ToLower(v.text)]; w != "" {
 			hint = "did you mean " + w + "?"
-		} else if w := nearest(v.text, words); w != "" {
+		} else if w := Nearest(v.text, words); w != "" {
 			hint = "did you mean " + w + "?"
 		}
 		p.fault(v, quote(v.text)+" is not one of the values", hint)
@@ -256,8 +275,8 @@ const (
 )
 
 // timer is the row of an option whose value is a duration.
-func timer(key, help string, uses kind, off bool, field func(*Options) *time.Duration) option {
-	row := option{key: key, value: "DURATION", help: help, uses: uses}
+func timer(key, def, help string, uses kind, off bool, field func(*Options) *time.Duration) option {
+	row := option{key: key, def: def, value: "DURATION", help: help, uses: uses}
 	hint := "write a duration with its unit, as in 90s, 15m or 24h"
 	if off {
 		row.value += "|off"
@@ -414,7 +433,7 @@ func (p *parser) lookup(t token) int {
 		keys[i] = o.key
 	}
 	hint := "options are " + strings.Join(keys, ", ")
-	if w := nearest(strings.ReplaceAll(t.text, "_", "-"), keys); w != "" {
+	if w := Nearest(strings.ReplaceAll(t.text, "_", "-"), keys); w != "" {
 		hint = "did you mean " + w + "?"
 	}
 	p.fault(t, "unknown option "+quote(t.text), hint)

@@ -68,12 +68,12 @@ var everybody = []Member{{Prefix: netip.MustParsePrefix("0.0.0.0/0")}, {Prefix: 
 const everyRule = terminate | pass | tcp | redirect | demo
 
 var gateOptions = []option{
-	members("allow", "clients that may come in, all others may not; of allow= and deny= the longest prefix decides", func(o *Options) *[]Member { return &o.Gate.Allow }),
-	members("deny", "clients that may not come in: prefixes, or a file with one a line (its path is relative to the map's)", func(o *Options) *[]Member { return &o.Gate.Deny }),
+	members("allow", "all", "clients that may come in, all others may not; of allow= and deny= the longest prefix decides", func(o *Options) *[]Member { return &o.Gate.Allow }),
+	members("deny", "off", "clients that may not come in: prefixes, or a file with one a line (its path is relative to the map's)", func(o *Options) *[]Member { return &o.Gate.Deny }),
 	count("conns-per-ip", "connections that one address may have open, an IPv6 /64 counts as one; a default line counts for all rules below it together",
 		everyRule, maxConnsPerIP, func(o *Options) *int { return &o.Gate.ConnsPerIP }),
 	{
-		key: "rate-per-ip", value: "N/s|N/m|off", uses: everyRule,
+		key: "rate-per-ip", def: "off", value: "N/s|N/m|off", uses: everyRule,
 		help: "how often one address may connect, counted as conns-per-ip is; N at once, then N in each second or minute",
 		set:  setRate,
 		show: func(o *Options) string { return orOff(o.Gate.RatePerIP.N == 0, o.Gate.RatePerIP.String()) },
@@ -82,7 +82,7 @@ var gateOptions = []option{
 	count("handshakes", "handshakes that may be under way or wait for their turn at once, over all names and ports of the line", terminate|demo, maxRateConns,
 		func(o *Options) *int { return &o.Gate.Handshakes }),
 	{
-		key: "bandwidth", value: "SIZE/s|off", uses: terminate | pass | tcp | demo,
+		key: "bandwidth", def: "off", value: "SIZE/s|off", uses: terminate | pass | tcp | demo,
 		help: "bytes that a connection may carry in a second, each way, as in 500KB/s, 10MB/s or 100Mbit/s",
 		set:  setBandwidth,
 		show: func(o *Options) string { return orOff(o.Gate.Bandwidth == 0, bandwidth(o.Gate.Bandwidth)) },
@@ -97,9 +97,9 @@ func orOff(off bool, s string) string {
 }
 
 // members is the row of an option whose value is a list of prefixes and files.
-func members(key, help string, field func(*Options) *[]Member) option {
+func members(key, def, help string, field func(*Options) *[]Member) option {
 	return option{
-		key: key, value: "PREFIX,…|@FILE|all|off", uses: everyRule, help: help,
+		key: key, def: def, value: "PREFIX,…|@FILE|all|off", uses: everyRule, help: help,
 		set: func(p *parser, o *Options, v token) { *field(o) = p.members(v) },
 		show: func(o *Options) string {
 			all := *field(o)
@@ -197,9 +197,9 @@ func (p *parser) prefix(t token) netip.Prefix {
 	return c
 }
 
-// ParsePrefix reads an address, which stands for itself alone, or a prefix. It is what reads those of the map, of
-// settings and queries; files of lists are read the same (package gate). IPv4 in its IPv6-mapped form is IPv4, as addresses of clients are. When s is neither, p is
-// not valid, msg says what is wrong and hint what to write instead.
+// ParsePrefix reads an address, which stands for itself alone, or a prefix: of the map, of files of lists, of settings and
+// of queries. IPv4 in its IPv6-mapped form is IPv4, as addresses of clients are. When s is neither, p is not valid, msg says
+// what is wrong and hint what to write instead.
 func ParsePrefix(s string) (p netip.Prefix, msg, hint string) {
 	if a, err := netip.ParseAddr(s); err == nil {
 		if a.Zone() != "" {
@@ -231,7 +231,7 @@ func looksLikePath(s string) bool {
 // count is the row of an option whose value is how many of something there may be.
 func count(key, help string, uses kind, most int, field func(*Options) *int) option {
 	return option{
-		key: key, value: "N|off", uses: uses, help: help,
+		key: key, def: "off", value: "N|off", uses: uses, help: help,
 		set:  func(p *parser, o *Options, v token) { *field(o) = p.count(v, most) },
 		show: func(o *Options) string { return orOff(*field(o) == 0, strconv.Itoa(*field(o))) },
 	}

@@ -165,65 +165,65 @@ const forwarded = terminate | pass | tcp
 
 var poolOptions = []option{
 	{
-		key: "balance", value: strings.Join(balanceWords, "|"), uses: forwarded,
+		key: "balance", def: "round-robin", value: strings.Join(balanceWords, "|"), uses: forwarded,
 		help: "which backend is next; random is the less busy of two picked by chance, source-hash goes by the client's address, first by the order of the map (default round-robin)",
 		set: enum(balanceWords, map[string]string{"roundrobin": "round-robin", "rr": "round-robin", "leastconn": "least-conn",
 			"least_conn": "least-conn", "source": "source-hash", "ip-hash": "source-hash", "hash": "source-hash", "p2c": "random"},
 			func(o *Options) *Balance { return &o.Pool.Balance }),
 		show: func(o *Options) string { return o.Pool.Balance.String() },
 	},
-	optional("max-conns", "connections to one backend address at once; further ones go to another one, or to queue= (default no bound)", 1, 1_000_000,
+	optional("max-conns", "none", "connections to one backend address at once; further ones go to another one, or to queue= (default no bound)", 1, 1_000_000,
 		func(o *Options) *int { return &o.Pool.MaxConns }),
 	{
-		key: "queue", value: "N[,DURATION]|off", uses: forwarded,
+		key: "queue", def: "off", value: "N[,DURATION]|off", uses: forwarded,
 		help: "connections that wait when every backend has max-conns=, and for how long at most (default off; the duration is that of connect=)",
 		set:  setQueue,
 		show: func(o *Options) string { return o.Pool.Queue.String() },
 	},
-	counted("retries", "how often all backends are tried again, within connect= (default 3)", 10,
+	counted("retries", strconv.Itoa(DefaultRetries), "how often all backends are tried again, within connect= (default 3)", 10,
 		func(o *Options) **int { return &o.Pool.Retries }),
-	counted("eject", "connects that fail in a row and take a backend out until it can be connected to again (default 3)", 1000,
+	counted("eject", strconv.Itoa(DefaultEject), "connects that fail in a row and take a backend out until it can be connected to again (default 3)", 1000,
 		func(o *Options) **int { return &o.Pool.Eject }),
 	{
-		key: "check", value: "tcp|tls|starttls:PROTOCOL|http:/PATH|off", uses: forwarded,
+		key: "check", def: "off", value: "tcp|tls|starttls:PROTOCOL|http:/PATH|off", uses: forwarded,
 		help: "asks each backend regularly whether it is fit: it can be connected to, it shakes hands, it does so when it is asked for TLS in the protocol, it answers with a status below 400 (default off)",
 		set:  setCheck,
 		show: func(o *Options) string { return o.Pool.Check.String() },
 	},
-	atLeast(100*time.Millisecond, timer("every", "between two checks (default 5s); a check that takes longer than that has failed", forwarded, false,
+	atLeast(100*time.Millisecond, timer("every", DefaultEvery.String(), "between two checks (default 5s); a check that takes longer than that has failed", forwarded, false,
 		func(o *Options) *time.Duration { return &o.Pool.Every })),
-	optional("rise", "checks in a row that have to succeed before a backend is up again (default 2)", 1, 1000,
+	optional("rise", strconv.Itoa(DefaultRise), "checks in a row that have to succeed before a backend is up again (default 2)", 1, 1000,
 		func(o *Options) *int { return &o.Pool.Rise }),
-	optional("fall", "checks in a row that have to fail before a backend is down; the first one ever decides alone (default 3)", 1, 1000,
+	optional("fall", strconv.Itoa(DefaultFall), "checks in a row that have to fail before a backend is down; the first one ever decides alone (default 3)", 1, 1000,
 		func(o *Options) *int { return &o.Pool.Fall }),
-	timer("slow-start", "a backend that comes back gets its full share only after so long (default off)", forwarded, true,
+	timer("slow-start", "off", "a backend that comes back gets its full share only after so long (default off)", forwarded, true,
 		func(o *Options) *time.Duration { return &o.Pool.SlowStart }),
 	{
-		key: "on-down", value: strings.Join(onDownWords, "|"), uses: forwarded,
+		key: "on-down", def: "keep", value: strings.Join(onDownWords, "|"), uses: forwarded,
 		help: "what becomes of open connections when a check finds their backend down, or it goes into maintenance (default keep)",
 		set: enum(onDownWords, map[string]string{"close": "cut", "reset": "cut", "kill": "cut"},
 			func(o *Options) *OnDown { return &o.Pool.OnDown }),
 		show: func(o *Options) string { return o.Pool.OnDown.String() },
 	},
 	{
-		key: "resolve-to", value: strings.Join(resolveToWords, "|"), uses: forwarded,
+		key: "resolve-to", def: "network", value: strings.Join(resolveToWords, "|"), uses: forwarded,
 		help: "addresses that DNS may give for a backend's name; network refuses loopback, link-local, unspecified, multicast and broadcast ones (default network)",
 		set: enum(resolveToWords, map[string]string{"all": "any", "loopback": "any"},
 			func(o *Options) *ResolveTo { return &o.Pool.ResolveTo }),
 		show: func(o *Options) string { return o.Pool.ResolveTo.String() },
 	},
 	{
-		key: "source", value: "transparent|IP[:LO-HI]|off", uses: forwarded,
+		key: "source", def: "off", value: "transparent|IP[:LO-HI]|off", uses: forwarded,
 		help: "address that backends see: the client's own (needs routes, see tlsnat firewall --transparent), or this one of the machine's",
 		set:  setSource,
 		show: func(o *Options) string { return o.Pool.Source.String() },
 	},
-	atLeast(time.Second, timer("keepalive", "silence after which the kernel asks whether client and backend are still there (default 2m)", forwarded, true,
+	atLeast(time.Second, timer("keepalive", "2m", "silence after which the kernel asks whether client and backend are still there (default 2m)", forwarded, true,
 		func(o *Options) *time.Duration { return &o.Pool.KeepAlive })),
-	timer("user-timeout", "how long sent bytes may stay unacknowledged before the kernel gives up a connection (RFC 5482; default the system's)", forwarded, true,
+	timer("user-timeout", "the system's", "how long sent bytes may stay unacknowledged before the kernel gives up a connection (RFC 5482; default the system's)", forwarded, true,
 		func(o *Options) *time.Duration { return &o.Pool.UserTimeout }),
 	{
-		key: "dscp", value: "0-63|ef|af11…|cs0…", uses: forwarded,
+		key: "dscp", def: "the system's", value: "0-63|ef|af11…|cs0…", uses: forwarded,
 		help: "code point that packets to client and backend are marked with (RFC 2474)",
 		set:  setDSCP,
 		show: func(o *Options) string { return strconv.Itoa(int(*o.Pool.DSCP)) },
@@ -237,16 +237,16 @@ var poolOptions = []option{
 // toggle is the row of an option that is on or off.
 func toggle(key, help string, field func(*Options) *Switch) option {
 	return option{
-		key: key, value: "on|off", help: help, uses: forwarded,
+		key: key, def: "off", value: "on|off", help: help, uses: forwarded,
 		set:  enum(switchWords, map[string]string{"yes": "on", "true": "on", "1": "on", "no": "off", "false": "off", "0": "off"}, field),
 		show: func(o *Options) string { return field(o).String() },
 	}
 }
 
 // optional is the row of an option whose value is a number of which zero is not one.
-func optional(key, help string, lo, hi int, field func(*Options) *int) option {
+func optional(key, def, help string, lo, hi int, field func(*Options) *int) option {
 	return option{
-		key: key, value: "N", help: help, uses: forwarded,
+		key: key, def: def, value: "N", help: help, uses: forwarded,
 		set: func(p *parser, o *Options, v token) {
 			if n, ok := p.number(v, lo, hi, ""); ok {
 				*field(o) = n
@@ -257,9 +257,9 @@ func optional(key, help string, lo, hi int, field func(*Options) *int) option {
 }
 
 // counted is the row of an option whose value is a number, and off is none.
-func counted(key, help string, hi int, field func(*Options) **int) option {
+func counted(key, def, help string, hi int, field func(*Options) **int) option {
 	return option{
-		key: key, value: "N|off", help: help, uses: forwarded,
+		key: key, def: def, value: "N|off", help: help, uses: forwarded,
 		set: func(p *parser, o *Options, v token) {
 			n, ok := 0, v.text == "off"
 			if !ok {
@@ -339,7 +339,7 @@ func setCheck(p *parser, o *Options, v token) {
 	switch {
 	case !slices.Contains(checkKinds, kind):
 		hint := "write tcp, tls, starttls:PROTOCOL, http:/PATH or off"
-		if w := nearest(kind, checkKinds); w != "" {
+		if w := Nearest(kind, checkKinds); w != "" {
 			hint = "did you mean " + w + "?"
 		}
 		p.fault(v, quote(v.text)+" is not a check", hint)

@@ -33,7 +33,7 @@ var startTLSSlips = map[string]string{
 }
 
 var startTLSOptions = []option{{
-	key: "starttls", value: "postgres|mysql|smtp|imap|pop3|ldap|off", uses: terminate | pass | reject,
+	key: "starttls", def: "off", value: "postgres|mysql|smtp|imap|pop3|ldap|off", uses: terminate | pass | reject,
 	help: "clients begin in the clear with this protocol and ask for TLS in it; the same for all rules of a port (default off)",
 	set:  enum(startTLSWords, startTLSSlips, func(o *Options) *StartTLS { return &o.StartTLS }),
 	show: func(o *Options) string { return o.StartTLS.String() },

@@ -98,10 +98,10 @@ func tlvTypes(row option, never map[uint8]string, why string, field func(*Option
 }
 
 var tlvOptions = []option{
-	tlvTypes(option{key: "forward-tlvs", uses: forwarded, header: true,
+	tlvTypes(option{key: "forward-tlvs", def: "off", uses: forwarded, header: true,
 		help: "TLVs of the load balancer's PROXY header that backends get as well: ids of AWS VPC endpoints, Google PSC connections, Azure private links, or any by number (default off)",
 	}, ownTLVs, "the gateway writes what it knows itself", func(o *Options) **TLVTypes { return &o.TLVs.Forward }),
-	tlvTypes(option{key: "log-tlvs", uses: forwarded | demo,
+	tlvTypes(option{key: "log-tlvs", def: "off", uses: forwarded | demo,
 		help: "TLVs of the load balancer's PROXY header that the log has: aws_vpce, gcp_psc, azure_link_id, others in hexadecimal as tlv_0xNN (default off)",
 	}, emptyTLVs, "it says nothing of the client", func(o *Options) **TLVTypes { return &o.TLVs.Log }),
 }

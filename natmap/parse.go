@@ -373,7 +373,7 @@ func (p *parser) notListener(t token) {
 	switch {
 	case digits(first):
 		p.fault(t, quote(t.text)+" is not a listener", "write :"+clip(t.text))
-	case nearest(t.text, []string{"default"}) != "":
+	case Nearest(t.text, []string{"default"}) != "":
 		p.fault(t, quote(t.text)+" is not a listener", "did you mean default?")
 	default:
 		p.fault(t, quote(t.text)+" stands where a rule says what it listens on", "begin with a listener, as in :443 "+clip(t.text)+" -> 10.0.0.11:8080")

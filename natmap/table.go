@@ -138,9 +138,12 @@ func (d *depths) has(n int) bool { return n < maxDepth && d[n/64]&(1<<(n%64)) !=
 // writes some of them, can tell which ones collide.
 type keys [2]uint64
 
-func newKeys() keys {
+func newKeys() keys { return NewKeys() }
+
+// NewKeys returns two secret numbers to seed a hash with, the second one odd. They differ in each process.
+func NewKeys() [2]uint64 {
 	seed := maphash.MakeSeed()
-	return keys{maphash.Comparable(seed, 0), maphash.Comparable(seed, 1) | 1}
+	return [2]uint64{maphash.Comparable(seed, 0), maphash.Comparable(seed, 1) | 1}
 }
 
 // The low byte of a slot's key tells what its suffix is. A free slot's key is zero.

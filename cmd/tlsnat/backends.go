@@ -37,7 +37,7 @@ func (p *program) backend(args []string) int {
 		return p.refused(err)
 	}
 	for _, name := range a.Backends {
-		fmt.Fprintln(p.out, printable(name), said[order])
+		fmt.Fprintln(p.out, shown(name), said[order])
 	}
 	return exitOK
 }

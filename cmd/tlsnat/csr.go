@@ -166,7 +166,7 @@ func (q *csrArguments) read(args []string) (errs []error) {
 	}
 	for i, f := range csrFields {
 		if err := f.read(&q.request.Subject, q.texts[i]); err != nil {
-			bad("--%s %s: %v", f.name, printable(q.texts[i]), err)
+			bad("--%s %s: %v", f.name, shown(q.texts[i]), err)
 		}
 	}
 	return errs

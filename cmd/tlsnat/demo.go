@@ -5,9 +5,9 @@ package main
 import (
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 
 	"golang.org/x/sys/unix"
 )
@@ -79,7 +79,7 @@ func (p *program) welcome(e *edge, noAdmin error) {
   log       below, a line for each connection
   stop      Ctrl-C
 
-`, shellQuote(cert), admin, byPage(e))
+`, printable.Shell(cert), admin, byPage(e))
 }
 
 // byPage says what the page asks for before it gives an order.
@@ -88,13 +88,4 @@ func byPage(e *edge) string {
 		return "; the page asks for the token in " + path
 	}
 	return ""
-}
-
-// shellQuote writes a word so that a shell takes it for one.
-func shellQuote(s string) string {
-	const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=@%+,"
-	if s != "" && strings.Trim(s, plain) == "" {
-		return s
-	}
-	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }

@@ -372,11 +372,6 @@ func (e *explanation) does() string {
 	return "ends TLS (" + e.value("min-tls") + " or newer) and forwards what was in it"
 }
 
-func (e *explanation) terminates() bool {
-	r := e.rule
-	return r.Action == natmap.Demo || r.Action == natmap.Forward && r.Options.Mode == natmap.Terminate
-}
-
 // sayPrelude says what comes before TLS.
 func (e *explanation) sayPrelude() {
 	o := &e.rule.Options
@@ -392,7 +387,7 @@ func (e *explanation) sayPrelude() {
 }
 
 func (e *explanation) sayCertificates() {
-	if !e.terminates() {
+	if !config.Terminates(e.rule) {
 		return
 	}
 	entry := e.config.Certificate(e.rule, e.question.name, func() netip.Addr { return e.question.addr })
@@ -446,7 +441,7 @@ func expiry(at, now time.Time) string {
 // sayALPN says what is agreed on, as crypto/tls does it: the first of ours that the client offers.
 func (e *explanation) sayALPN() {
 	ours, theirs := e.rule.Options.Protocols(), e.question.alpn
-	if !e.terminates() || len(theirs) == 0 {
+	if !config.Terminates(e.rule) || len(theirs) == 0 {
 		return
 	}
 	if len(ours) == 0 {
@@ -592,8 +587,8 @@ func authorities(a *certs.Authority) (names []string) {
 func (e *explanation) sayOptions() {
 	var rows [][]string
 	for _, doc := range natmap.OptionDocs() {
-		if meant(doc, e.rule) {
-			value, from := e.option(doc.Key)
+		if doc.AppliesTo(e.rule) {
+			value, from := e.option(doc)
 			rows = append(rows, []string{doc.Key + "=" + value, from})
 		}
 	}
@@ -602,26 +597,15 @@ func (e *explanation) sayOptions() {
 	}
 }
 
-// meant says whether an option has a meaning for the rule.
-func meant(doc natmap.OptionDoc, r *natmap.Rule) bool {
-	kinds, unnamed := strings.CutSuffix(doc.Rules, " (without a name)")
-	kinds, encrypted := strings.CutSuffix(kinds, " (to tls:// backends)")
-	kinds, header := strings.CutSuffix(kinds, " (with proxy=v2)")
-	kind := r.Action.String()
-	if r.Action == natmap.Forward {
-		kind = r.Options.Mode.String()
-	}
-	return slices.Contains(strings.Split(kinds, ", "), kind) && !(unnamed && r.Name != "") && !(header && r.Options.Proxy != natmap.ProxyV2) &&
-		(!encrypted || slices.ContainsFunc(r.Backends, func(b natmap.Backend) bool { return b.TLS }))
-}
-
 func (e *explanation) value(key string) string {
-	value, _ := e.option(key)
+	docs := natmap.OptionDocs()
+	value, _ := e.option(docs[slices.IndexFunc(docs, func(d natmap.OptionDoc) bool { return d.Key == key })])
 	return value
 }
 
 // option is the value of an option for the rule, and where it was written.
-func (e *explanation) option(key string) (value, from string) {
+func (e *explanation) option(doc natmap.OptionDoc) (value, from string) {
+	key := doc.Key
 	for _, s := range e.rule.Settings {
 		if s.Key == key && s.Default {
 			return s.Value, fmt.Sprintf("default line, %s:%d", s.Pos.File, s.Pos.Line)
@@ -636,24 +620,11 @@ func (e *explanation) option(key string) (value, from string) {
 	if key == "alpn" && len(e.rule.Options.Protocols()) > 0 {
 		return strings.Join(e.rule.Options.Protocols(), ","), "built in for starttls=" + e.rule.Options.StartTLS.String()
 	}
-	if setting := settingOf[key]; setting != "" {
-		return e.setting(setting)
+	if doc.Setting != "" {
+		return e.setting(doc.Setting)
 	}
-	return builtIn[key], "built in"
+	return doc.Default, "built in"
 }
-
-// An option that neither the rule nor a default line sets is a setting, or built in.
-var (
-	settingOf = map[string]string{"idle": "IDLE_TIMEOUT", "connect": "CONNECT_TIMEOUT", "linger": "LINGER_TIMEOUT", "min-tls": "MIN_TLS", "ktls": "KTLS"}
-	builtIn   = map[string]string{"mode": "terminate", "proxy": "off", "lifetime": "off", "drain": "until they end", "alpn": "none", "cert": "by address", "https-port": "443",
-		"backend-ca": "the system's", "backend-name": "the backend's host", "backend-cert": "none", "backend-verify": "on", "starttls": "off",
-		"balance": "round-robin", "max-conns": "none", "queue": "off", "retries": strconv.Itoa(natmap.DefaultRetries), "eject": strconv.Itoa(natmap.DefaultEject),
-		"check": "off", "every": natmap.DefaultEvery.String(), "rise": strconv.Itoa(natmap.DefaultRise), "fall": strconv.Itoa(natmap.DefaultFall),
-		"slow-start": "off", "on-down": "keep", "resolve-to": "network", "truncation": "fin from clients, reset from backends", "source": "off", "keepalive": "2m", "user-timeout": "the system's", "dscp": "the system's",
-		"mptcp": "off", "fastopen": "off",
-		"allow": "all", "deny": "off", "conns-per-ip": "off", "rate-per-ip": "off", "conns": "off", "handshakes": "off", "bandwidth": "off",
-		"forward-tlvs": "off", "log-tlvs": "off"}
-)
 
 // setting is the value of a setting as its author wrote it.
 func (e *explanation) setting(key string) (value, from string) {

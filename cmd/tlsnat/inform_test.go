@@ -107,10 +107,8 @@ func TestEveryOptionIsExplained(t *testing.T) {
 		settings[strings.TrimPrefix(d.Name, config.Prefix)] = true
 	}
 	for _, o := range natmap.OptionDocs() {
-		_, here := builtIn[o.Key]
-		setting := settingOf[o.Key]
-		if here == (setting != "") || setting != "" && !settings[setting] {
-			t.Errorf("%s: built in %t, setting %q", o.Key, here, setting)
+		if (o.Default == "") == (o.Setting == "") || o.Setting != "" && !settings[o.Setting] {
+			t.Errorf("%s: built in %q, setting %q", o.Key, o.Default, o.Setting)
 		}
 	}
 }

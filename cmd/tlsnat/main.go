@@ -27,8 +27,7 @@ import (
 	"strings"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
-
-	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // Exit codes.
@@ -155,6 +154,6 @@ func joined(err error) []error {
 // complain prints problems.
 func (p *program) complain(problems config.Problems) {
 	for _, problem := range problems {
-		fmt.Fprintf(p.err, "%s\n", gateway.PrintableJSON([]byte(problem.String())))
+		fmt.Fprintf(p.err, "%s\n", printable.JSON([]byte(problem.String())))
 	}
 }

@@ -203,9 +203,13 @@ func fill(t *testing.T, text, name, table string) string {
 
 func optionTable() string {
 	var b strings.Builder
-	b.WriteString("| option | goes with | meaning |\n|---|---|---|\n")
+	b.WriteString("| option | default | goes with | meaning |\n|---|---|---|---|\n")
 	for _, o := range natmap.OptionDocs() {
-		fmt.Fprintf(&b, "| `%s=%s` | %s | %s |\n", o.Key, strings.ReplaceAll(o.Value, "|", `\|`), o.Rules, strings.ReplaceAll(o.Help, "|", `\|`))
+		value := o.Default
+		if o.Setting != "" {
+			value = "`" + config.Prefix + o.Setting + "`"
+		}
+		fmt.Fprintf(&b, "| `%s=%s` | %s | %s | %s |\n", o.Key, strings.ReplaceAll(o.Value, "|", `\|`), value, o.Rules, strings.ReplaceAll(o.Help, "|", `\|`))
 	}
 	return b.String()
 }

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
@@ -147,7 +148,7 @@ func (p *program) showOnce(ctx context.Context, s sight) error {
 	if s.asJSON {
 		text, err := json.Marshal(answer)
 		if err == nil {
-			_, err = p.out.Write(append(gateway.PrintableJSON(text), '\n'))
+			_, err = p.out.Write(append(printable.JSON(text), '\n'))
 		}
 		return err
 	}
@@ -176,13 +177,13 @@ func row(w io.Writer, cells ...any) {
 		if text == "" {
 			text = "-"
 		}
-		fmt.Fprint(w, printable(text))
+		fmt.Fprint(w, shown(text))
 	}
 	fmt.Fprintln(w)
 }
 
 // printable is a cell of a table. What is longer than a name can be is cut: nobody reads it there, and --json has it.
-func printable(s string) string { return gateway.Printable(s, 1024) }
+func shown(s string) string { return printable.Text(s, 1024) }
 
 func showMap(w io.Writer, a admin.MapAnswer) {
 	row(w, "LISTEN", "NAME", "TO", "MODE", "OPEN", "TOTAL", "RULE")
@@ -207,7 +208,7 @@ func showListening(w io.Writer, l gateway.ListeningStatus) {
 		fmt.Fprintf(w, "\n%s are steered; %s for all ports and loops\n", count(l.Steered, "port"), count(l.Sockets, "socket"))
 	}
 	if l.Beside > 0 {
-		fmt.Fprintf(w, "\n%s of wide ranges not steered, but with a socket on each loop: %s\n", count(l.Beside, "port"), printable(l.Reason))
+		fmt.Fprintf(w, "\n%s of wide ranges not steered, but with a socket on each loop: %s\n", count(l.Beside, "port"), shown(l.Reason))
 	}
 }
 
@@ -263,10 +264,10 @@ func writeChanges(w io.Writer, heading string, added, removed []string) {
 		fmt.Fprint(w, heading)
 	}
 	for _, r := range removed {
-		fmt.Fprintln(w, "  - "+printable(r))
+		fmt.Fprintln(w, "  - "+shown(r))
 	}
 	for _, r := range added {
-		fmt.Fprintln(w, "  + "+printable(r))
+		fmt.Fprintln(w, "  + "+shown(r))
 	}
 }
 

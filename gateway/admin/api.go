@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 
 	"github.com/tlsnat/tlsnat/gateway"
 )
@@ -324,7 +325,7 @@ func answerJSON(w http.ResponseWriter, status int, v any) {
 		fail(w, http.StatusInternalServerError, err.Error(), "please report it")
 		return
 	}
-	text := gateway.PrintableJSON(b.Bytes())
+	text := printable.JSON(b.Bytes())
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
 	w.WriteHeader(status)

@@ -10,12 +10,11 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
-
-	"github.com/tlsnat/tlsnat/gateway"
 )
 
 // Orders at once. They are an operator's or a script's; a reload takes seconds, and others wait for it.
@@ -93,7 +92,7 @@ func (s *Server) order(name string, handle http.HandlerFunc) http.HandlerFunc {
 func (s *Server) whoOrders(name string, r *http.Request) []zap.Field {
 	fields := []zap.Field{zap.String("order", name)}
 	if backend := r.URL.Query().Get("backend"); backend != "" {
-		fields = append(fields, zap.String("backend", gateway.Printable(backend, maxShown)))
+		fields = append(fields, zap.String("backend", printable.Text(backend, maxShown)))
 	}
 	if n := clientOf(r); n != nil && n.peer != nil {
 		return append(fields, zap.String("by", "socket"), zap.Uint32("uid", n.peer.Uid), zap.Uint32("gid", n.peer.Gid), zap.Int32("pid", n.peer.Pid))
@@ -135,7 +134,7 @@ func (s *Server) logRefusal(r *http.Request) {
 		o.unlogged++
 		return
 	}
-	fields := append(s.whoOrders(gateway.Printable(r.Method+" "+r.URL.Path, maxShown), r), zap.String("result", orderWords[orderRefused]))
+	fields := append(s.whoOrders(printable.Text(r.Method+" "+r.URL.Path, maxShown), r), zap.String("result", orderWords[orderRefused]))
 	if o.unlogged > 0 {
 		fields = append(fields, zap.Int("unlogged", o.unlogged))
 	}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/certs/rsasign"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 const (
@@ -314,7 +315,7 @@ func checkLink(child, issuer *x509.Certificate, at place) link {
 	return link{doubt: fmt.Sprintf("names as its issuer %.80q, but that one, %s, did not sign it", name, at)}
 }
 
-func (p place) String() string { return fmt.Sprintf("%s:%d", printable(p.file), p.line) }
+func (p place) String() string { return fmt.Sprintf("%s:%d", printable.Quoted(p.file), p.line) }
 
 // warnMissing is for a leaf alone. Whether the issuer of an intermediate is a root, which clients have, or one
 // more intermediate cannot be seen from the certificates; a leaf that a root itself issued is left to private CAs.
@@ -515,7 +516,7 @@ func (p *pairing) reportLoneCert(c *cert, explained map[*key]bool) {
 	}
 	for _, f := range beside {
 		if f.broken {
-			p.fail(c.at(), "", "the certificate for %s is not served: its key should be in %s, which cannot be used", title(c.Certificate), printable(f.name))
+			p.fail(c.at(), "", "the certificate for %s is not served: its key should be in %s, which cannot be used", title(c.Certificate), printable.Quoted(f.name))
 			return
 		}
 	}
@@ -523,7 +524,7 @@ func (p *pairing) reportLoneCert(c *cert, explained map[*key]bool) {
 	for _, keys := range p.keys {
 		n += len(keys)
 	}
-	p.fail(c.at(), "put its key beside it, as "+printable(stem(filepath.Base(c.file.path)))+".key",
+	p.fail(c.at(), "put its key beside it, as "+printable.Quoted(stem(filepath.Base(c.file.path)))+".key",
 		"the certificate for %s has no private key: none of the %d keys here is for it", title(c.Certificate), n)
 }
 

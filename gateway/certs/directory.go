@@ -18,6 +18,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // maxFile bounds what is read of one file. The largest chain with an RSA-8192 key is under 64 KiB; 1 MiB still
@@ -217,16 +219,16 @@ func reportUnreadable(path string, err error, r *report) {
 			r.fail(at, "make it, or name the directory that holds the certificates", "does not exist")
 			return
 		}
-		r.fail(at, "renew the link or remove it", "is a link to %s, which does not exist", printable(target))
+		r.fail(at, "renew the link or remove it", "is a link to %s, which does not exist", printable.Quoted(target))
 	case errors.Is(err, fs.ErrPermission) && statErr == nil:
 		name, mode := whoami(), "600"
 		if info.IsDir() {
 			mode = "700"
 		}
-		r.fail(at, fmt.Sprintf("run: chown %s %s && chmod %s %[2]s", name, shell(path), mode),
+		r.fail(at, fmt.Sprintf("run: chown %s %s && chmod %s %[2]s", name, printable.Shell(path), mode),
 			"user %s (uid %d) may not read it: owner is uid %d, mode %04o", name, os.Geteuid(), owner(info), info.Mode().Perm())
 	case errors.Is(err, fs.ErrPermission):
-		r.fail(at, "run: chmod a+x "+shell(filepath.Dir(path)),
+		r.fail(at, "run: chmod a+x "+printable.Shell(filepath.Dir(path)),
 			"user %s (uid %d) may not enter the directory it is in", whoami(), os.Geteuid())
 	default:
 		r.fail(at, "", "cannot be read: %v", withoutPath(err))
@@ -273,7 +275,7 @@ func warnOpenKeys(files []*file, r *report) {
 	for _, dir := range dirs {
 		first, more := open[dir][0], ""
 		if n := len(open[dir]) - 1; n > 0 {
-			more = fmt.Sprintf(" (and %d more in %s)", n, printable(dir))
+			more = fmt.Sprintf(" (and %d more in %s)", n, printable.Quoted(dir))
 		}
 		r.warn(place{file: first.path}, closeKeyHint(dir, open[dir]), "the private key can be read by others: mode %04o%s",
 			first.mode.Perm(), more)
@@ -286,22 +288,11 @@ func closeKeyHint(dir string, files []*file) string {
 		return "set defaultMode: 0400 in the secret's volume"
 	}
 	if len(files) > 3 {
-		return "run: chmod 600 " + shell(dir) + "/*"
+		return "run: chmod 600 " + printable.Shell(dir) + "/*"
 	}
 	hint := "run: chmod 600"
 	for _, f := range files {
-		hint += " " + shell(f.path)
+		hint += " " + printable.Shell(f.path)
 	}
 	return hint
-}
-
-// shell quotes a path for a command that is to be copied into a shell.
-func shell(path string) string {
-	plain := func(r rune) bool {
-		return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+=@:,", r)
-	}
-	if !strings.ContainsFunc(path, func(r rune) bool { return !plain(r) }) {
-		return path
-	}
-	return "'" + strings.ReplaceAll(path, "'", `'\''`) + "'"
 }

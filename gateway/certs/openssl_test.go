@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // Every way in which openssl writes a key, beside the certificate that it makes of it. $K is key.pem, which each
@@ -105,7 +107,7 @@ func TestHintsConvert(t *testing.T) {
 	_, problems := Load(dir, time.Now())
 	for _, p := range problems {
 		command := strings.TrimSuffix(strings.TrimPrefix(p.Hint, "convert it with: "), ", and remove it")
-		shellRun(t, dir, command+" && rm "+shell(p.File))
+		shellRun(t, dir, command+" && rm "+printable.Shell(p.File))
 	}
 	shellRun(t, dir, "chmod 600 *")
 	s, problems := Load(dir, time.Now())

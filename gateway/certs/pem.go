@@ -17,6 +17,8 @@ import (
 	"io/fs"
 	"path/filepath"
 	"strings"
+
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // maxKey bounds a private key before anything is computed with it: RSA-8192, the largest that crypto/tls clients
@@ -68,7 +70,7 @@ func (f *file) warn(line int, hint, format string, args ...any) {
 // parse takes every PEM block of the file. Text between blocks is a comment, as openssl writes it.
 func (f *file) parse(data []byte) {
 	if UTF16(data) {
-		f.fail(0, "convert it with: iconv -f UTF-16 -t ASCII "+shell(f.path)+" > "+shell(stem(f.path)+"-ascii"+filepath.Ext(f.path))+", and remove it",
+		f.fail(0, "convert it with: iconv -f UTF-16 -t ASCII "+printable.Shell(f.path)+" > "+printable.Shell(stem(f.path)+"-ascii"+filepath.Ext(f.path))+", and remove it",
 			"is text in UTF-16, as PowerShell writes it, not PEM")
 		return
 	}
@@ -262,12 +264,12 @@ func (f *file) unparsable(block *pem.Block, line int) {
 			return
 		}
 	}
-	f.fail(line, "use ECDSA with P-256, P-384 or P-521, RSA or Ed25519; openssl pkey -check -noout -in "+shell(f.path)+" says more",
+	f.fail(line, "use ECDSA with P-256, P-384 or P-521, RSA or Ed25519; openssl pkey -check -noout -in "+printable.Shell(f.path)+" says more",
 		"private key cannot be parsed")
 }
 
 func (f *file) encrypted(line int) {
-	f.fail(line, fmt.Sprintf("decrypt it with: openssl pkey -in %s -out %s, and remove it", shell(f.path), shell(stem(f.path)+"-plain.key")),
+	f.fail(line, fmt.Sprintf("decrypt it with: openssl pkey -in %s -out %s, and remove it", printable.Shell(f.path), printable.Shell(stem(f.path)+"-plain.key")),
 		"private key is encrypted with a passphrase")
 }
 
@@ -282,7 +284,7 @@ func (f *file) otherBlock(typ string, line int) {
 	case "PKCS7", "CMS":
 		f.fail(line, convert("PKCS#7", f.path), "is PKCS#7, which is not read")
 	case "OPENSSH PRIVATE KEY":
-		f.fail(line, "convert a copy with: ssh-keygen -p -m PEM -f "+shell(f.path), "private key is in OpenSSH's format")
+		f.fail(line, "convert a copy with: ssh-keygen -p -m PEM -f "+printable.Shell(f.path), "private key is in OpenSSH's format")
 	case "DSA PRIVATE KEY":
 		f.fail(line, "use ECDSA P-256 or RSA 2048", "private key is for DSA, which TLS clients do not take")
 	default:
@@ -414,7 +416,7 @@ func convert(format, path string) string {
 		command = "openssl x509"
 	case "a Java key store":
 		return fmt.Sprintf("convert it with: keytool -importkeystore -srckeystore %s -deststoretype pkcs12 -destkeystore %s, and remove it",
-			shell(path), shell(stem(path)+".p12"))
+			printable.Shell(path), printable.Shell(stem(path)+".p12"))
 	}
-	return fmt.Sprintf("convert it with: %s -in %s -out %s, and remove it", command, shell(path), shell(path+".pem"))
+	return fmt.Sprintf("convert it with: %s -in %s -out %s, and remove it", command, printable.Shell(path), printable.Shell(path+".pem"))
 }

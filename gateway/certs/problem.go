@@ -8,7 +8,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unicode"
+
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // Problem is something in the directory that an operator should know. It never holds a byte of a private key.
@@ -24,7 +25,7 @@ type Problem struct {
 // Error is "file[:line]: what is wrong; what to do instead".
 func (p Problem) Error() string {
 	var b strings.Builder
-	b.WriteString(printable(p.File))
+	b.WriteString(printable.Quoted(p.File))
 	if p.Line > 0 {
 		b.WriteString(":" + strconv.Itoa(p.Line))
 	}
@@ -33,14 +34,6 @@ func (p Problem) Error() string {
 		b.WriteString("; " + p.Hint)
 	}
 	return b.String()
-}
-
-// printable quotes a file name that could speak to the terminal.
-func printable(name string) string {
-	if strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
-		return strconv.Quote(name)
-	}
-	return name
 }
 
 // report collects problems.

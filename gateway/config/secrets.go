@@ -5,14 +5,13 @@ package config
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 
-	"golang.org/x/sys/unix"
+	"github.com/tlsnat/tlsnat/gateway/certs"
 )
 
 // maxSecret is more than any token has; a file that is longer is another file.
@@ -53,23 +52,16 @@ func readSecrets(vars map[string]string, environ []string) (problems []error) {
 	return problems
 }
 
-// readSecret reads a file that holds nothing but a secret, and perhaps a line feed behind it. It does not wait for a
-// FIFO's writer.
+// readSecret reads a file that holds nothing but a secret, and perhaps a line feed behind it.
 func readSecret(path string) (string, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return "", fmt.Errorf("%w; write the path of a file that user %d may read", reason(err), os.Geteuid())
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+	b, _, err := certs.ReadFile(path, maxSecret)
+	switch {
+	case errors.Is(err, certs.ErrNotRegular):
 		return "", errors.New("not a regular file; write the path of one that holds the secret")
-	}
-	b, err := io.ReadAll(io.LimitReader(f, maxSecret+1))
-	if err != nil {
-		return "", fmt.Errorf("read it: %w", reason(err))
-	}
-	if len(b) > maxSecret {
+	case errors.Is(err, certs.ErrTooLarge):
 		return "", fmt.Errorf("more than %d bytes; a file with the secret alone is expected", maxSecret)
+	case err != nil:
+		return "", fmt.Errorf("%w; write the path of a file that user %d may read", err, os.Geteuid())
 	}
 	secret := strings.TrimRight(string(b), "\r\n")
 	if secret == "" || strings.ContainsAny(secret, "\r\n\x00") {

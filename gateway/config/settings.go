@@ -12,13 +12,13 @@ import (
 	"reflect"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 	"unicode"
 
 	"github.com/caarlos0/env/v11"
 
+	"github.com/tlsnat/tlsnat/gateway/printable"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 
@@ -71,15 +71,7 @@ func (e *SettingError) Error() string {
 	if e.Value == "" {
 		return e.Key + ": " + e.Msg
 	}
-	return fmt.Sprintf("%s=%s: %s", e.Key, printable(e.Value), e.Msg)
-}
-
-// printable is s where all of it can be seen, else s quoted.
-func printable(s string) string {
-	if strings.ContainsFunc(s, func(r rune) bool { return !strconv.IsPrint(r) }) {
-		return strconv.QuoteToASCII(s)
-	}
-	return s
+	return fmt.Sprintf("%s=%s: %s", e.Key, printable.Quoted(e.Value), e.Msg)
 }
 
 // wrapped says what is wrong with a value that came with more around it than was meant; "" if nothing is. Docker's
@@ -386,36 +378,14 @@ func defaultState() string {
 	return filepath.Join(os.TempDir(), fmt.Sprintf("tlsnat-%d", os.Getuid()))
 }
 
-// suggestion names the nearest known word, or says where to find them all.
-func suggestion(word string, known []string) string {
-	best, distance := "", 4 // further than three slips away is another word
-	for _, k := range known {
-		if d := slips(word, k); d < distance {
-			best, distance = k, d
-		}
+// suggestion names the setting that is probably meant, or says where to find them all.
+func suggestion(key string, known []string) string {
+	names := make([]string, len(known))
+	for i, k := range known {
+		names[i] = strings.TrimPrefix(k, Prefix)
 	}
-	if best == "" {
-		return "'tlsnat env' lists them all"
+	if name := natmap.Nearest(strings.TrimPrefix(key, Prefix), names); name != "" {
+		return "did you mean " + Prefix + name + "?"
 	}
-	return "did you mean " + best + "?"
-}
-
-// slips is the Levenshtein distance of two short words.
-func slips(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := 1
-			if a[i] == b[j] {
-				cost = 0
-			}
-			diagonal, row[j+1] = row[j+1], min(row[j+1]+1, row[j]+1, diagonal+cost)
-		}
-	}
-	return row[len(b)]
+	return "'tlsnat env' lists them all"
 }

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/tlsnat/tlsnat/natmap"
 )
 
 // Bounds of a list. What goes beyond them is a complaint.
@@ -43,7 +45,7 @@ func eachPrefix(text string, add func(p netip.Prefix, line int)) (complaints []C
 		if word == "" {
 			continue
 		}
-		p, msg, hint := ParsePrefix(word)
+		p, msg, hint := natmap.ParsePrefix(word)
 		switch {
 		case msg != "" && len(complaints) == maxComplaints:
 			return append(complaints, Complaint{line, col, fmt.Sprintf("more than %d complaints", maxComplaints), "the rest is not shown"})
@@ -107,29 +109,4 @@ func firstWord(line string) (word string, col int) {
 	}
 	word = strings.TrimSpace(line)
 	return word, 1 + utf8.RuneCountInString(line[:strings.Index(line, word)])
-}
-
-// ParsePrefix reads an address or a prefix. When it is none, msg says what is wrong with it and hint what to write.
-func ParsePrefix(s string) (p netip.Prefix, msg, hint string) {
-	if a, err := netip.ParseAddr(s); err == nil {
-		if a.Zone() != "" {
-			return p, fmt.Sprintf("%.80q has a zone", s), "write it without %" + a.Zone()
-		}
-		a = a.Unmap()
-		return netip.PrefixFrom(a, a.BitLen()), "", ""
-	}
-	p, err := netip.ParsePrefix(s)
-	mapped := err == nil && p.Addr().Is4In6()
-	if mapped && p.Bits() >= 96 {
-		p, mapped = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96), false
-	}
-	switch {
-	case err != nil:
-		return netip.Prefix{}, fmt.Sprintf("%.80q is not an address or a prefix", s), "write one such as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32"
-	case mapped:
-		return netip.Prefix{}, fmt.Sprintf("%.80q is more than IPv4", s), "write 0.0.0.0/0 for all of IPv4"
-	case p.Masked() != p:
-		return netip.Prefix{}, fmt.Sprintf("%.80q has bits behind its prefix", s), "write " + p.Masked().String() + ", or " + p.Addr().String() + " for the address alone"
-	}
-	return p, "", ""
 }

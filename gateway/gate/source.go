@@ -4,11 +4,12 @@ package gate
 
 import (
 	"encoding/binary"
-	"hash/maphash"
 	"math/bits"
 	"net/netip"
 	"sync/atomic"
 	"time"
+
+	"github.com/tlsnat/tlsnat/natmap"
 )
 
 // keys make a number of a source: of an IPv4 address, and of the first 64 bits of an IPv6 address, since a customer has
@@ -16,10 +17,7 @@ import (
 // table.
 type keys [2]uint64
 
-func newKeys() keys {
-	seed := maphash.MakeSeed()
-	return keys{maphash.Comparable(seed, 0), maphash.Comparable(seed, 1) | 1}
-}
+func newKeys() keys { return natmap.NewKeys() }
 
 // Key returns the number under which the tables know a source. Limits with different scopes count apart.
 func (k *keys) Key(scope uint64, a netip.Addr) uint64 {

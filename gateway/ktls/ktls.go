@@ -46,13 +46,6 @@ const (
 	maxInfoLen = 4 + 52 // with AES-256-GCM or ChaCha20-Poly1305
 )
 
-// ContentType of a record (RFC 8446, section 5.1).
-const (
-	TypeAlert     = 21
-	TypeHandshake = 22
-	TypeData      = 23
-)
-
 // Attach puts the TLS layer between the socket and TCP. It is transparent until keys are set. Errors: ENOENT, there is
 // no module; ENOTCONN, the peer has ended its stream (or there is none); EEXIST, it is there already.
 func Attach(fd int32) error {

@@ -188,7 +188,7 @@ func trySealing(p *pair) error {
 			return fmt.Errorf("send %d bytes: %w", n, err)
 		}
 	}
-	if e := Send(p.kernel, TypeAlert, []byte{1, byte(record.AlertCloseNotify)}); e != 0 {
+	if e := Send(p.kernel, record.TypeAlert, []byte{1, byte(record.AlertCloseNotify)}); e != 0 {
 		return fmt.Errorf("send close_notify: %w", e)
 	}
 	rec, err := p.next()
@@ -320,7 +320,7 @@ func (p *pair) tryControl() error {
 	}
 	var b [16]byte
 	n, typ, e := Receive(p.kernel, b[:])
-	if e != 0 || n != 2 || typ != TypeAlert {
+	if e != 0 || n != 2 || typ != record.TypeAlert {
 		return fmt.Errorf("receive close_notify: %d bytes of type %d, error %d", n, typ, e)
 	}
 	return nil
@@ -368,7 +368,7 @@ func tryNewTX(p *pair) error {
 	if err := SetTX(p.kernel, &k, seq); err != nil {
 		return err
 	}
-	if e := Send(p.kernel, TypeHandshake, keyUpdate); e != 0 {
+	if e := Send(p.kernel, record.TypeHandshake, keyUpdate); e != 0 {
 		return e
 	}
 	k.Update()
@@ -400,7 +400,7 @@ func tryNewRX(p *pair) error {
 		return err
 	}
 	var b [16]byte
-	if n, typ, e := Receive(p.kernel, b[:]); e != 0 || typ != TypeHandshake || !bytes.Equal(b[:n], keyUpdate) {
+	if n, typ, e := Receive(p.kernel, b[:]); e != 0 || typ != record.TypeHandshake || !bytes.Equal(b[:n], keyUpdate) {
 		return fmt.Errorf("%x of type %d came, error %d", b[:n], typ, e)
 	}
 	k.Update()

@@ -7,7 +7,7 @@ import "fmt"
 // Alert is an AlertDescription (RFC 8446 6, RFC 5246 7.2).
 type Alert uint8
 
-// The alerts that this package sends or treats apart. Any other value may arrive.
+// The alerts that are sent or treated apart. Any other value may arrive.
 const (
 	AlertCloseNotify       Alert = 0
 	AlertUnexpectedMessage Alert = 10
@@ -15,11 +15,13 @@ const (
 	AlertRecordOverflow    Alert = 22
 	AlertHandshakeFailure  Alert = 40
 	AlertIllegalParameter  Alert = 47
+	AlertAccessDenied      Alert = 49
 	AlertDecodeError       Alert = 50
 	AlertProtocolVersion   Alert = 70
 	AlertInternalError     Alert = 80
 	AlertUserCanceled      Alert = 90
 	AlertNoRenegotiation   Alert = 100
+	AlertUnrecognizedName  Alert = 112
 )
 
 // AlertLevel (RFC 5246 7.2). TLS 1.3 sends it and does not read it (RFC 8446 6).

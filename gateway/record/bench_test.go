@@ -60,7 +60,7 @@ func BenchmarkOpen(b *testing.B) {
 	eachSize(b, func(b *testing.B, suite uint16, n int) {
 		var r Reader
 		_, h := pair(b, suite, Server)
-		sealed := forgeContent(h, typeData, make([]byte, n), 0)
+		sealed := forgeContent(h, TypeData, make([]byte, n), 0)
 		r.Init(testKeys(b, suite), 0, Server)
 		rec := make([]byte, len(sealed))
 		for b.Loop() {

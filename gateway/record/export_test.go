@@ -54,7 +54,7 @@ func TestExportGoesOnWhereTheWriterWas(t *testing.T) {
 	}
 	w.Carried(1)
 
-	next(t, r, other.append(nil, typeHandshake, msgKeyUpdate, 0, 0, 1, 0))
+	next(t, r, other.append(nil, TypeHandshake, msgKeyUpdate, 0, 0, 1, 0))
 	w.Update()
 	k, seq = w.Export()
 	other.Init(k, seq)
@@ -72,9 +72,9 @@ func TestJudgeHasTheBudgetsOfNext(t *testing.T) {
 		free  int
 		every int // bytes of data between them
 	}{
-		{"empty records", typeData, nil, maxUseless, 0},
-		{"key updates in a row", typeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 0}, updateCredit / updatePrice, 0},
-		{"key updates between bytes", typeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 1}, updateCredit / updatePrice, 1},
+		{"empty records", TypeData, nil, maxUseless, 0},
+		{"key updates in a row", TypeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 0}, updateCredit / updatePrice, 0},
+		{"key updates between bytes", TypeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 1}, updateCredit / updatePrice, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, r := handedOver(t, tls.TLS_AES_128_GCM_SHA256)

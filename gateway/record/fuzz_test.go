@@ -150,7 +150,7 @@ func FuzzSealOpen(f *testing.F) {
 			if d.byte()&3 == 0 {
 				padding = d.size(MaxPlaintext - len(content))
 			}
-			rec := forgeContent(h, typeData, content, padding)
+			rec := forgeContent(h, TypeData, content, padding)
 			if own := sealData(&w, content); padding == 0 && !bytes.Equal(own, rec) {
 				t.Fatalf("Seal and the test's sealer differ on %d bytes", len(content))
 			}
@@ -228,7 +228,7 @@ func hostile(d *dice, r *Reader, h *half, out *queue) (v verdict) {
 // does not.
 func forgeOne(d *dice, h *half) (rec []byte, lenient bool) {
 	kind := d.byte()
-	types := []byte{typeData, typeData, typeAlert, typeHandshake, typeHandshake, typeChangeCipherSpec, d.byte()}
+	types := []byte{TypeData, TypeData, TypeAlert, TypeHandshake, TypeHandshake, TypeChangeCipherSpec, d.byte()}
 	typ := types[int(kind)%len(types)]
 	content := d.bytes(300)
 	switch kind >> 4 {
@@ -239,7 +239,7 @@ func forgeOne(d *dice, h *half) (rec []byte, lenient bool) {
 	case 2: // as long as can be, or too long
 		rec = forgeContent(h, typ, pattern(MaxPlaintext-2+int(d.byte()&3)), 0)
 	case 3: // any inner plaintext, also none
-		rec = forge(h, typeData, content)
+		rec = forge(h, TypeData, content)
 		lenient = len(content) == 0
 	case 4: // a header of one's own
 		rec = forgeContent(h, typ, content, 0)
@@ -252,11 +252,11 @@ func forgeOne(d *dice, h *half) (rec []byte, lenient bool) {
 			{msgKeyUpdate, 0, 0, 1, 0}, {msgKeyUpdate, 0, 0, 1, 1}, {msgKeyUpdate, 0, 0, 1, 2},
 			{msgKeyUpdate, 0, 0}, {1, 1}, {0}, {msgHelloRequest, 0, 0, 0},
 		}
-		rec = forgeContent(h, typeHandshake, likely[int(d.byte())%len(likely)], 0)
+		rec = forgeContent(h, TypeHandshake, likely[int(d.byte())%len(likely)], 0)
 	}
 	// crypto/tls ignores change_cipher_spec in TLS 1.3 for good, inside and outside; RFC 8446 5 refuses
 	// it after the handshake.
-	lenient = lenient || rec[0] == typeChangeCipherSpec || h.tls13 && typ == typeChangeCipherSpec
+	lenient = lenient || rec[0] == TypeChangeCipherSpec || h.tls13 && typ == TypeChangeCipherSpec
 	return rec, lenient
 }
 

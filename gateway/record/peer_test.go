@@ -375,7 +375,7 @@ func forgeContent(h *half, typ byte, content []byte, padding int) []byte {
 		return forge(h, typ, content)
 	}
 	inner := append(bytes.Clone(content), typ)
-	return forge(h, typeData, append(inner, make([]byte, padding)...))
+	return forge(h, TypeData, append(inner, make([]byte, padding)...))
 }
 
 func eachSuite(t *testing.T, suites []uint16, f func(t *testing.T, suite uint16, role Role)) {

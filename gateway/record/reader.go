@@ -7,12 +7,12 @@ import (
 	"fmt"
 )
 
-// ContentType (RFC 8446 5.1).
+// Content types of records (RFC 8446, section 5.1).
 const (
-	typeChangeCipherSpec = 20
-	typeAlert            = 21
-	typeHandshake        = 22
-	typeData             = 23
+	TypeChangeCipherSpec = 20
+	TypeAlert            = 21
+	TypeHandshake        = 22
+	TypeData             = 23
 )
 
 // HandshakeType: what may come after a handshake (RFC 8446 4.6, RFC 5246 7.4.1).
@@ -169,7 +169,7 @@ func (r *Reader) Judge(typ byte, p []byte) (Record, error) {
 		return Record{}, ErrClosed
 	}
 	r.seq++
-	if typ == typeData && len(p) > 0 && r.have == 0 {
+	if typ == TypeData && len(p) > 0 && r.have == 0 {
 		r.Carried(len(p))
 		return Record{Data: p}, nil
 	}
@@ -209,7 +209,7 @@ func (r *Reader) Next(b []byte) (rec Record, n int, err error) {
 	if e != nil {
 		return Record{}, 0, e
 	}
-	if typ == typeData && len(p) > 0 && r.have == 0 {
+	if typ == TypeData && len(p) > 0 && r.have == 0 {
 		r.useless = 0
 		r.credit = min(r.credit+uint32(len(p)), updateCredit)
 		return Record{Data: p}, n, nil
@@ -235,7 +235,7 @@ func (r *Reader) checkHeader(b []byte) *Error {
 		return r.fail(AlertProtocolVersion, fmt.Sprintf("record header: version %#04x at offset 1, want 0x0303", version))
 	case n > MaxPlaintext+expansion:
 		return r.fail(AlertRecordOverflow, fmt.Sprintf("record header: length %d at offset 3, at most %d", n, MaxPlaintext+expansion))
-	case typ != typeData && (r.tls13 || typ != typeAlert && typ != typeHandshake):
+	case typ != TypeData && (r.tls13 || typ != TypeAlert && typ != TypeHandshake):
 		return r.fail(AlertUnexpectedMessage, fmt.Sprintf("record header: type %d at offset 0 after the handshake", typ))
 	case n < tagLen+int(r.explicit):
 		return r.fail(AlertBadRecordMAC, fmt.Sprintf("record header: length %d at offset 3, too short for a tag", n))
@@ -279,17 +279,17 @@ func unpad(p []byte) (typ byte, content []byte) {
 
 // control handles everything that is not a record full of data.
 func (r *Reader) control(typ byte, p []byte) (Record, *Error) {
-	if r.have > 0 && typ != typeHandshake { // RFC 8446 5.1
+	if r.have > 0 && typ != TypeHandshake { // RFC 8446 5.1
 		return Record{}, r.fail(AlertUnexpectedMessage, fmt.Sprintf("record of type %d inside a handshake message", typ))
 	}
 	switch {
-	case typ == typeData:
+	case typ == TypeData:
 		return Record{Data: p}, r.countUseless()
-	case typ == typeAlert:
+	case typ == TypeAlert:
 		return r.alert(p)
-	case typ == typeHandshake && r.tls13:
+	case typ == TypeHandshake && r.tls13:
 		return r.handshake(p)
-	case typ == typeHandshake:
+	case typ == TypeHandshake:
 		return Record{}, r.renegotiation(p)
 	}
 	return Record{}, r.fail(AlertUnexpectedMessage, fmt.Sprintf("content type %d after the handshake", typ))

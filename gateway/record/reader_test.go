@@ -75,13 +75,13 @@ func repeat(n int, f func() []byte) (out []byte) {
 
 // rekey seals a KeyUpdate and follows it.
 func rekey(h *half) []byte {
-	rec := forgeContent(h, typeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 0}, 0)
+	rec := forgeContent(h, TypeHandshake, []byte{msgKeyUpdate, 0, 0, 1, 0}, 0)
 	h.advance()
 	return rec
 }
 
 func TestEveryViolationHasItsAlert(t *testing.T) {
-	data := func(h *half) []byte { return forgeContent(h, typeData, []byte("x"), 0) }
+	data := func(h *half) []byte { return forgeContent(h, TypeData, []byte("x"), 0) }
 	content := func(typ byte, content ...byte) func(*half) []byte {
 		return func(h *half) []byte { return forgeContent(h, typ, content, 0) }
 	}
@@ -104,11 +104,11 @@ func TestEveryViolationHasItsAlert(t *testing.T) {
 		{"1.3 record shorter than a tag", suite13, Server, raw(23, 3, 3, 0, 15), AlertBadRecordMAC},
 		{"1.3 empty record", suite13, Server, raw(23, 3, 3, 0, 0), AlertBadRecordMAC},
 		{"1.3 record of an empty inner plaintext", suite13, Server,
-			func(h *half) []byte { return forge(h, typeData, nil) }, AlertUnexpectedMessage},
+			func(h *half) []byte { return forge(h, TypeData, nil) }, AlertUnexpectedMessage},
 		{"1.3 record of padding only", suite13, Server,
-			func(h *half) []byte { return forge(h, typeData, make([]byte, 100)) }, AlertUnexpectedMessage},
+			func(h *half) []byte { return forge(h, TypeData, make([]byte, 100)) }, AlertUnexpectedMessage},
 		{"1.3 longest record of padding only", suite13, Server,
-			func(h *half) []byte { return forge(h, typeData, make([]byte, MaxPlaintext+1)) }, AlertUnexpectedMessage},
+			func(h *half) []byte { return forge(h, TypeData, make([]byte, MaxPlaintext+1)) }, AlertUnexpectedMessage},
 		{"1.3 record twice", suite13, Server,
 			func(h *half) []byte { rec := data(h); return concat(rec, rec) }, AlertBadRecordMAC},
 		{"1.3 record of the wrong sequence number", suite13, Server,
@@ -133,7 +133,7 @@ func TestEveryViolationHasItsAlert(t *testing.T) {
 		{"1.3 KeyUpdate before a ticket", suite13, Client, content(22, append([]byte{24, 0, 0, 1, 0}, ticket(20)...)...), AlertUnexpectedMessage},
 		{"1.3 KeyUpdate, then the old keys", suite13, Server,
 			func(h *half) []byte {
-				return concat(forgeContent(h, typeHandshake, []byte{24, 0, 0, 1, 0}, 0), data(h))
+				return concat(forgeContent(h, TypeHandshake, []byte{24, 0, 0, 1, 0}, 0), data(h))
 			}, AlertBadRecordMAC},
 		{"1.3 data inside a handshake message", suite13, Server,
 			func(h *half) []byte { return concat(content(22, 24, 0)(h), data(h)) }, AlertUnexpectedMessage},
@@ -179,7 +179,7 @@ func TestEveryViolationHasItsAlert(t *testing.T) {
 		{"1.2 record twice", suite12, Server,
 			func(h *half) []byte { rec := data(h); return concat(rec, rec) }, AlertBadRecordMAC},
 		{"1.2 record of another type than it was sealed as", suite12, Server,
-			func(h *half) []byte { rec := data(h); rec[0] = typeHandshake; return rec }, AlertBadRecordMAC},
+			func(h *half) []byte { rec := data(h); rec[0] = TypeHandshake; return rec }, AlertBadRecordMAC},
 		{"1.2 ClientHello", suite12, Server, content(22, 1, 0, 0, 0), AlertNoRenegotiation},
 		{"1.2 HelloRequest", suite12, Client, content(22, 0, 0, 0, 0), AlertNoRenegotiation},
 		{"1.2 HelloRequest from a client", suite12, Server, content(22, 0, 0, 0, 0), AlertUnexpectedMessage},
@@ -215,7 +215,7 @@ func TestEveryViolationHasItsAlert(t *testing.T) {
 func TestEveryBitIsAuthenticated(t *testing.T) {
 	for _, suite := range fastSuites {
 		_, h := pair(t, suite, Server)
-		rec := forgeContent(h, typeData, []byte("authentic"), 3)
+		rec := forgeContent(h, TypeData, []byte("authentic"), 3)
 		for bit := range len(rec) * 8 {
 			if at := bit / 8; at == 3 || at == 4 {
 				continue // another length: another number of bytes is waited for
@@ -252,7 +252,7 @@ func TestLongestRecordsAreOpened(t *testing.T) {
 	for _, suite := range fastSuites {
 		r, h := pair(t, suite, Server)
 		want := pattern(MaxPlaintext)
-		rec := forgeContent(h, typeData, want, 0)
+		rec := forgeContent(h, TypeData, want, 0)
 		if len(rec) > MaxRecord {
 			t.Errorf("%s: %d bytes, more than MaxRecord", tls.CipherSuiteName(suite), len(rec))
 		}
@@ -267,7 +267,7 @@ func TestPaddingIsStripped(t *testing.T) {
 	for _, n := range []int{0, 1, 7, 8, 9, 100, MaxPlaintext - 16} {
 		for _, want := range [][]byte{pattern(16), make([]byte, 16), {1, 0, 0, 0, 0, 0, 0, 0, 0}, {}} {
 			r, h := pair(t, suite13, Server)
-			rec, _, err := r.Next(forgeContent(h, typeData, want, n))
+			rec, _, err := r.Next(forgeContent(h, TypeData, want, n))
 			if err != nil || rec.Kind != Data || !bytes.Equal(rec.Data, want) {
 				t.Errorf("%d zeros behind %x: %+v, %v", n, want, rec, err)
 			}
@@ -279,7 +279,7 @@ func TestWarningsAreIgnored(t *testing.T) {
 	for suite, alerts := range map[uint16][]byte{suite13: {90}, suite12: {90, 112}} {
 		for _, a := range alerts {
 			r, h := pair(t, suite, Server)
-			_, events, _, err := openAll(r, forgeContent(h, typeAlert, []byte{levelWarning, a}, 0))
+			_, events, _, err := openAll(r, forgeContent(h, TypeAlert, []byte{levelWarning, a}, 0))
 			if err != nil || len(events) != 1 || events[0].Kind != Ignored || events[0].Alert != Alert(a) {
 				t.Errorf("%#x: warning %v: %v, %v", suite, Alert(a), events, err)
 			}
@@ -291,11 +291,11 @@ func TestAlertsEndReading(t *testing.T) {
 	for suite, level := range map[uint16]byte{suite13: levelWarning, suite12: levelFatal} {
 		for a, kind := range map[Alert]Kind{AlertCloseNotify: CloseNotify, AlertBadRecordMAC: AlertReceived, 255: AlertReceived} {
 			r, h := pair(t, suite, Server)
-			rec, n, err := r.Next(forgeContent(h, typeAlert, []byte{level, byte(a)}, 0))
+			rec, n, err := r.Next(forgeContent(h, TypeAlert, []byte{level, byte(a)}, 0))
 			if err != nil || n == 0 || rec.Kind != kind || rec.Alert != a {
 				t.Errorf("%#x: %v came as %+v, %v", suite, a, rec, err)
 			}
-			if _, _, err := r.Next(forgeContent(h, typeData, []byte("x"), 0)); !errors.Is(err, ErrClosed) {
+			if _, _, err := r.Next(forgeContent(h, TypeData, []byte("x"), 0)); !errors.Is(err, ErrClosed) {
 				t.Errorf("%#x: reading goes on after %v: %v", suite, a, err)
 			}
 		}
@@ -307,13 +307,13 @@ func TestHandshakeMessagesMayBeSplit(t *testing.T) {
 	for cut := 1; cut < len(msgs); cut++ {
 		r, h := pair(t, suite13, Client)
 		_, events, _, err := openAll(r, concat(
-			forgeContent(h, typeHandshake, msgs[:cut], 0),
-			forgeContent(h, typeHandshake, msgs[cut:], 0)))
+			forgeContent(h, TypeHandshake, msgs[:cut], 0),
+			forgeContent(h, TypeHandshake, msgs[cut:], 0)))
 		if err != nil || len(events) != 2 || events[0].Kind != Ignored || events[1].Kind != KeyUpdateRequested {
 			t.Fatalf("cut at %d: %v, %v", cut, events, err)
 		}
 		h.advance()
-		if got, _, _, err := openAll(r, forgeContent(h, typeData, []byte("new keys"), 0)); string(got) != "new keys" {
+		if got, _, _, err := openAll(r, forgeContent(h, TypeData, []byte("new keys"), 0)); string(got) != "new keys" {
 			t.Fatalf("cut at %d: %q, %v under the new keys", cut, got, err)
 		}
 	}
@@ -323,7 +323,7 @@ func TestHandshakeMessagesMayBeSplit(t *testing.T) {
 func TestMessagesMayComeInPieces(t *testing.T) {
 	msg := concat(ticket(300), extended(0, 42, 0, 4, 1, 2, 3, 4, 0xff, 1, 0, 0), []byte{msgKeyUpdate, 0, 0, 1, 0})
 	r, h := pair(t, suite13, Client)
-	_, events, _, err := openAll(r, repeat(len(msg), func() []byte { b := msg[:1]; msg = msg[1:]; return forgeContent(h, typeHandshake, b, 0) }))
+	_, events, _, err := openAll(r, repeat(len(msg), func() []byte { b := msg[:1]; msg = msg[1:]; return forgeContent(h, TypeHandshake, b, 0) }))
 	if err != nil || events[len(events)-1].Kind != KeyUpdate {
 		t.Errorf("%v", err)
 	}
@@ -332,7 +332,7 @@ func TestMessagesMayComeInPieces(t *testing.T) {
 // TestPeersMayRepeatThemselves as often as any of them lets others: 32 empty records, 128 KeyUpdates.
 func TestPeersMayRepeatThemselves(t *testing.T) {
 	r, h := pair(t, suite13, Server)
-	if _, _, _, err := openAll(r, repeat(32, func() []byte { return forgeContent(h, typeData, nil, 0) })); err != nil {
+	if _, _, _, err := openAll(r, repeat(32, func() []byte { return forgeContent(h, TypeData, nil, 0) })); err != nil {
 		t.Errorf("32 empty records: %v", err)
 	}
 	if _, _, _, err := openAll(r, repeat(128, func() []byte { return rekey(h) })); err != nil {
@@ -343,7 +343,7 @@ func TestPeersMayRepeatThemselves(t *testing.T) {
 // TestRefusedRenegotiationEnds: a warning that answers what nobody has asked.
 func TestRefusedRenegotiationEnds(t *testing.T) {
 	r, h := pair(t, suite12, Server)
-	_, _, _, err := openAll(r, forgeContent(h, typeAlert, []byte{levelWarning, byte(AlertNoRenegotiation)}, 0))
+	_, _, _, err := openAll(r, forgeContent(h, TypeAlert, []byte{levelWarning, byte(AlertNoRenegotiation)}, 0))
 	wantError(t, err, "handshake_failure")
 	if body := AlertNoRenegotiation.Body(); body[0] != levelFatal {
 		t.Errorf("no_renegotiation is sent at level %d, and the connection ends", body[0])
@@ -356,7 +356,7 @@ func TestLongestTicketIsSkippedWithoutMemory(t *testing.T) {
 	var wire []byte
 	for len(msg) > 0 {
 		n := min(len(msg), MaxPlaintext)
-		wire = append(wire, forgeContent(h, typeHandshake, msg[:n], 0)...)
+		wire = append(wire, forgeContent(h, TypeHandshake, msg[:n], 0)...)
 		msg = msg[n:]
 	}
 	r.Next(wire[:r.Need(wire)]) // sets the AEAD up
@@ -373,7 +373,7 @@ func TestLongestTicketIsSkippedWithoutMemory(t *testing.T) {
 	if allocs != 0 {
 		t.Errorf("%v allocations", allocs)
 	}
-	if got, _, _, err := openAll(r, forgeContent(h, typeData, []byte("x"), 0)); string(got) != "x" {
+	if got, _, _, err := openAll(r, forgeContent(h, TypeData, []byte("x"), 0)); string(got) != "x" {
 		t.Errorf("data behind the ticket: %q, %v", got, err)
 	}
 }
@@ -382,7 +382,7 @@ func TestDataPaysForKeyUpdates(t *testing.T) {
 	r, h := pair(t, suite13, Server)
 	data := pattern(updatePrice)
 	for i := range 3 * updateCredit / updatePrice {
-		if _, _, _, err := openAll(r, concat(forgeContent(h, typeData, data, 0), rekey(h))); err != nil {
+		if _, _, _, err := openAll(r, concat(forgeContent(h, TypeData, data, 0), rekey(h))); err != nil {
 			t.Fatalf("update %d: %v", i, err)
 		}
 	}
@@ -431,7 +431,7 @@ func TestZeroReaderAndWriterAreClosed(t *testing.T) {
 func TestDamagedProbeFindsNothing(t *testing.T) {
 	for _, suite := range fastSuites {
 		_, h := pair(t, suite, Server)
-		rec := forgeContent(h, typeData, []byte("x"), 0)
+		rec := forgeContent(h, TypeData, []byte("x"), 0)
 		for n := range rec {
 			if _, ok := ProbeSequence(testKeys(t, suite), rec[:n], 8); ok {
 				t.Fatalf("%d of %d bytes were found", n, len(rec))
@@ -454,7 +454,7 @@ func TestParkedConnectionIsSmall(t *testing.T) {
 	}
 	r, h := pair(t, suite13, Server)
 	for range 3 {
-		if got, _, _, err := openAll(r, forgeContent(h, typeData, []byte("x"), 0)); string(got) != "x" {
+		if got, _, _, err := openAll(r, forgeContent(h, TypeData, []byte("x"), 0)); string(got) != "x" {
 			t.Fatalf("after Park: %q, %v", got, err)
 		}
 		if r.Park(); r.aead != nil {
@@ -465,10 +465,10 @@ func TestParkedConnectionIsSmall(t *testing.T) {
 
 func TestErrorSaysWhichRecordAndWhichAlert(t *testing.T) {
 	r, h := pair(t, suite13, Server)
-	_, _, _, err := openAll(r, concat(forgeContent(h, typeData, []byte("x"), 0), []byte{23, 3, 3, 0xff, 0xff}))
+	_, _, _, err := openAll(r, concat(forgeContent(h, TypeData, []byte("x"), 0), []byte{23, 3, 3, 0xff, 0xff}))
 	wantError(t, err, "tls record 1:", "length 65535 at offset 3, at most 16401", "record_overflow")
 	r, h = pair(t, suite13, Server)
-	_, _, _, err = openAll(r, concat(forgeContent(h, typeData, []byte("x"), 0), forgeContent(h, typeAlert, nil, 0)))
+	_, _, _, err = openAll(r, concat(forgeContent(h, TypeData, []byte("x"), 0), forgeContent(h, TypeAlert, nil, 0)))
 	wantError(t, err, "tls record 1:", "empty alert", "unexpected_message")
 	if got := Alert(112).String() + " " + Alert(200).String(); got != "unrecognized_name alert(200)" {
 		t.Errorf("alerts are called %s", got)

@@ -50,13 +50,13 @@ func (w *Writer) Suffix() int {
 //
 // It returns 0, and leaves slot alone, when the Writer must not write any more: after an alert that
 // ends the connection, after Wipe, or when the sequence numbers are used up.
-func (w *Writer) Seal(slot []byte, n int) int { return w.seal(slot, n, typeData) }
+func (w *Writer) Seal(slot []byte, n int) int { return w.seal(slot, n, TypeData) }
 
 // AppendAlert seals a as a record of its own and appends it to dst. Every alert but user_canceled ends
 // our writing, close_notify too (RFC 8446 6.1): the keys are wiped, nothing more is sealed, and a
 // second alert leaves dst as it is.
 func (w *Writer) AppendAlert(dst []byte, a Alert) []byte {
-	dst = w.append(dst, typeAlert, a.level(), byte(a))
+	dst = w.append(dst, TypeAlert, a.level(), byte(a))
 	if a != AlertUserCanceled {
 		w.wipe()
 	}
@@ -75,7 +75,7 @@ func (w *Writer) AppendKeyUpdate(dst []byte, request bool) []byte {
 	if request {
 		ask = 1
 	}
-	dst = w.append(dst, typeHandshake, msgKeyUpdate, 0, 0, 1, ask)
+	dst = w.append(dst, TypeHandshake, msgKeyUpdate, 0, 0, 1, ask)
 	w.advance()
 	return dst
 }
@@ -136,7 +136,7 @@ func (w *Writer) seal(slot []byte, n int, typ byte) int {
 	w.ready()
 	payload, aad := slot[prefix:prefix+n], slot[:headerLen]
 	if w.tls13 {
-		slot[0], slot[prefix+n] = typeData, typ
+		slot[0], slot[prefix+n] = TypeData, typ
 		payload = slot[prefix : prefix+n+1]
 	} else {
 		copy(slot[headerLen:prefix], w.nonce[saltLen:])

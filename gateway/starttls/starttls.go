@@ -32,37 +32,28 @@ import (
 	"errors"
 	"fmt"
 	"io"
+
+	"github.com/tlsnat/tlsnat/natmap"
 )
 
-// A Protocol is one that begins in the clear and goes over to TLS.
-type Protocol uint8
+// A Protocol is one that begins in the clear and goes over to TLS: what the map calls it.
+type Protocol natmap.StartTLS
 
 // The protocols. Off is none: TLS from the first byte on.
 const (
-	Off      Protocol = iota
-	Postgres          // SSLRequest (PostgreSQL, "Frontend/Backend Protocol", section "SSL Session Encryption")
-	MySQL             // the SSLRequest packet of MySQL and MariaDB
-	SMTP              // RFC 3207; LMTP too (RFC 2033)
-	IMAP              // RFC 9051, section 6.2.1
-	POP3              // RFC 2595, section 4
-	LDAP              // RFC 4511, section 4.14
-	protocols
+	Off      = Protocol(natmap.StartTLSOff)
+	Postgres = Protocol(natmap.StartTLSPostgres) // SSLRequest (PostgreSQL, "Frontend/Backend Protocol", section "SSL Session Encryption")
+	MySQL    = Protocol(natmap.StartTLSMySQL)    // the SSLRequest packet of MySQL and MariaDB
+	SMTP     = Protocol(natmap.StartTLSSMTP)     // RFC 3207; LMTP too (RFC 2033)
+	IMAP     = Protocol(natmap.StartTLSIMAP)     // RFC 9051, section 6.2.1
+	POP3     = Protocol(natmap.StartTLSPOP3)     // RFC 2595, section 4
+	LDAP     = Protocol(natmap.StartTLSLDAP)     // RFC 4511, section 4.14
+
+	protocols = LDAP + 1
 )
 
-var words = [protocols]string{"off", "postgres", "mysql", "smtp", "imap", "pop3", "ldap"}
-
 // String returns the word that the map has for p.
-func (p Protocol) String() string { return words[p] }
-
-// Named returns the protocol that a word of the map stands for, Off for one that it does not have.
-func Named(word string) Protocol {
-	for p := range protocols {
-		if words[p] == word {
-			return p
-		}
-	}
-	return Off
-}
+func (p Protocol) String() string { return natmap.StartTLS(p).String() }
 
 // Greets reports whether a server of p speaks first. A client that we have greeted must not see a backend's greeting.
 func (p Protocol) Greets() bool { return p == MySQL || p == SMTP || p == IMAP || p == POP3 }

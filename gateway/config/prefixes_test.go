@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package config
 
 import (
 	"net/netip"
 	"strings"
 	"testing"
-
-	"github.com/tlsnat/tlsnat/gateway/config"
 
 	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/natmap"
@@ -26,13 +24,13 @@ func TestPrefixesMeanTheSameEverywhere(t *testing.T) {
 		if (msg == "") != (want != "") || want != "" && p.String() != want {
 			t.Errorf("%q in the map: %v, %s; want %q", text, p, msg, want)
 		}
-		if l, msg, _ := gate.ParsePrefix(text); (msg == "") != (want != "") || want != "" && l != p {
-			t.Errorf("%q in a list: %v, %s; want %q", text, l, msg, want)
-		}
 		if text == "" {
-			continue // the setting is not set
+			continue // an empty line, and a setting that is not set
 		}
-		s, err := config.ReadSettings([]string{"TLSNAT_PROXY_FROM=" + text})
+		if list, complaints := gate.ParseList("list", text); (len(complaints) == 0) != (want != "") || want != "" && list.Len() != 1 {
+			t.Errorf("%q in a list: %v; want %q", text, complaints, want)
+		}
+		s, err := ReadSettings([]string{"TLSNAT_PROXY_FROM=" + text})
 		if (err == nil) != (want != "") || want != "" && (len(s.ProxyFrom) != 1 || s.ProxyFrom[0] != p) {
 			t.Errorf("%q in a setting: %v, %v; want %q", text, s.ProxyFrom, err, want)
 		}
@@ -40,7 +38,7 @@ func TestPrefixesMeanTheSameEverywhere(t *testing.T) {
 			t.Errorf("%q does not hold %v", text, p.Addr())
 		}
 	}
-	s, err := config.ReadSettings([]string{"TLSNAT_PROXY_FROM=10.1.2.3/8"}) // as ever
+	s, err := ReadSettings([]string{"TLSNAT_PROXY_FROM=10.1.2.3/8"}) // as ever
 	if err != nil || !s.Trusts(netip.MustParseAddr("10.9.9.9")) {
 		t.Errorf("%v, %v", s.ProxyFrom, err)
 	}
@@ -66,14 +64,14 @@ func TestSettingsNameWhatCannotBeSeen(t *testing.T) {
 		"ADMIN_TOKEN=secr\r":   "TLSNAT_ADMIN_TOKEN: ends in a carriage return",
 		"KTLS=\u202eotua":      `TLSNAT_KTLS="\u202eotua": write auto, rx or off`,
 	} {
-		_, err := config.ReadSettings([]string{config.Prefix + kv})
+		_, err := ReadSettings([]string{Prefix + kv})
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "secr") {
 			t.Errorf("%q: %v, want %q", kv, err, want)
 		} else if strings.ContainsAny(err.Error(), "\r\x1b\n") {
 			t.Errorf("%q: %q", kv, err)
 		}
 	}
-	if _, err := config.ReadSettings([]string{"TLSNAT_MAP=:1 -> demo\r\n:2 -> demo\r\n"}); err != nil {
+	if _, err := ReadSettings([]string{"TLSNAT_MAP=:1 -> demo\r\n:2 -> demo\r\n"}); err != nil {
 		t.Errorf("lines of a map from Windows: %v", err)
 	}
 	if _, err := natmap.Parse(natmap.Source{Name: "m", Text: "\ufeff:1 -> demo\r\n:2 -> demo\r\n"}); err != nil {

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+// Package printable makes text that strangers wrote fit to be read by people and shells.
+//
+// What strangers write (names, protocols, banners, certificates) is read in terminals, which obey control characters
+// (ECMA-48, C1 among them), and in editors and pages, which turn text around at a bidirectional mark. None of these ever
+// leaves the gateway as it came.
+package printable
 
 import (
 	"fmt"
+	"strconv"
+	"strings"
 	"unicode"
 	"unicode/utf16"
 	"unicode/utf8"
 )
 
-// What strangers write (names, protocols, banners, certificates) is read by people: in terminals, which obey control
-// characters (ECMA-48, C1 among them), and in editors and pages, which turn text around at a bidirectional mark. None of
-// these ever leaves the gateway as it came.
-
-// Printable is a stranger's text as it may be shown: at most limit bytes, and what is not a letter, a mark, a number, a
+// Text is a stranger's text as it may be shown: at most limit bytes, and what is not a letter, a mark, a number, a
 // sign or a space is written as \u202e, an invalid byte as \xff. The text ends with … if it was longer.
-func Printable(s string, limit int) string {
+func Text(s string, limit int) string {
 	cut := len(s) > limit
 	if cut {
 		s = s[:limit]
@@ -29,16 +32,16 @@ func Printable(s string, limit int) string {
 	if !cut && isPlain(s) {
 		return s
 	}
-	b := AppendPrintable(make([]byte, 0, len(s)+len("…")), s)
+	b := Append(make([]byte, 0, len(s)+len("…")), s)
 	if cut {
 		b = append(b, "…"...)
 	}
 	return string(b)
 }
 
-// AppendPrintable appends text in the same way, whatever its length. Inside the strings of JSON these escapes are JSON's
+// Append appends text in the same way, whatever its length. Inside the strings of JSON these escapes are JSON's
 // own, so that a line of JSON stays one that says the same.
-func AppendPrintable[T string | []byte](dst []byte, text T) []byte {
+func Append[T string | []byte](dst []byte, text T) []byte {
 	s := string(text)
 	for len(s) > 0 {
 		r, n := utf8.DecodeRuneInString(s)
@@ -67,9 +70,9 @@ func isPlain[T string | []byte](s T) bool {
 	return true
 }
 
-// PrintableJSON is the same for a whole text of JSON, or for a line of a log: the control characters of ASCII that are in
+// JSON is the same for a whole text of JSON, or for a line of a log: the control characters of ASCII that are in
 // there are its own white space.
-func PrintableJSON(text []byte) []byte {
+func JSON(text []byte) []byte {
 	plain := true
 	for _, b := range text {
 		if b >= utf8.RuneSelf {
@@ -91,8 +94,25 @@ func PrintableJSON(text []byte) []byte {
 		for n = 0; n < len(text) && text[n] >= utf8.RuneSelf; {
 			n++
 		}
-		out = AppendPrintable(out, text[:n])
+		out = Append(out, text[:n])
 		text = text[n:]
 	}
 	return out
+}
+
+// Quoted is s where all of it can be seen, else s in quotes, with escapes.
+func Quoted(s string) string {
+	if strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.QuoteToASCII(s)
+	}
+	return s
+}
+
+// Shell is a word that a shell takes for s, for a command that is to be copied.
+func Shell(s string) string {
+	const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=@%+,"
+	if s != "" && strings.Trim(s, plain) == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
