@@ -8,10 +8,10 @@ import (
 
 // What destinations do not take has to be kept, and each of a hundred thousand of them may be slow. So all that is kept has
 // a bound, TLSNAT_MEMORY, of which each loop has an equal part: no loop can take what is another's, and none asks another.
-// Nobody is cut for it. From half of the part on a flow reads a record at a time, so that each that stands still keeps a
-// sixteenth of what it might. When the part is full a flow reads less than what a socket takes that takes anything: who
-// reads is served, who does not keeps little more. What would have to be kept until the rest of a record comes stays with
-// the kernel then, and new connections are turned away.
+// From half of the part on a flow reads a record at a time, so that each that stands still keeps a sixteenth of what it
+// might. When the part is full, or the source's share of it (memory_shares.go), a flow reads less than what a socket takes
+// that takes anything: who reads is served, who does not keeps little more. What would have to be kept until the rest of a
+// record comes stays with the kernel then.
 
 const (
 	// leastRead is what a flow reads when memory is full: epoll calls a socket writable while a third of its buffer is
@@ -22,14 +22,15 @@ const (
 )
 
 // memoryFull says whether the loop's part is used up.
-func (l *loop) memoryFull() bool { return l.lent.out+l.lent.piped >= l.lent.share }
+func (l *loop) memoryFull() bool { return l.memoryUsed() >= l.lent.share }
 
-// portion is how much a flow may read at a time.
-func (l *loop) portion() int {
-	switch used := l.lent.out + l.lent.piped; {
-	case used < l.lent.share/2:
-		return noEnd
-	case used < l.lent.share:
+// portion is how much a flow of the connection may read at a time: up to half of what the loop may lend, since all of it may
+// have to be kept.
+func (c *conn) portion() int {
+	switch left := c.loop.lent.share/2 - c.loop.memoryUsed(); {
+	case left > maxPlain:
+		return left
+	case !c.memoryFull():
 		return maxPlain
 	}
 	return leastRead
@@ -37,8 +38,9 @@ func (l *loop) portion() int {
 
 // noteMemory publishes what is in use.
 func (l *loop) noteMemory() {
-	if used := int64(l.lent.out + l.lent.piped); used != l.counters.lent.Load() {
+	if used := int64(l.memoryUsed()); used != l.counters.lent.Load() {
 		l.counters.lent.Store(used)
+		l.watchHolders()
 	}
 }
 

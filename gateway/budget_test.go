@@ -95,28 +95,10 @@ func TestHalfARecordStaysWithTheKernel(t *testing.T) {
 }
 
 // TestMemoryHasABound: streams that nobody reads fill their part and little more; who reads is served all the same, who comes
-// is turned away by name, and when they have gone everything is back.
+// from the same address is turned away by name, and when they have gone everything is back.
 func TestMemoryHasABound(t *testing.T) {
-	backend, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer backend.Close()
-	flood := make([]byte, 1<<20)
-	go func() {
-		for c, err := backend.Accept(); err == nil; c, err = backend.Accept() {
-			go func() {
-				defer c.Close()
-				for {
-					if _, err := c.Write(flood); err != nil {
-						return
-					}
-				}
-			}()
-		}
-	}()
 	addr := "127.0.0.1:" + strconv.Itoa(testkit.Port(t))
-	g := configured(t, "MAP="+addr+" -> "+backend.Addr().String()+" mode=tcp", "LOOPS=1")
+	g := configured(t, "MAP="+addr+" -> "+floodAddr(t)+" mode=tcp", "LOOPS=1")
 	const share = 1 << 20
 	l := g.loops[0]
 	l.lent.share = share

@@ -205,6 +205,7 @@ func (c *conn) finish(o Outcome, why string) stage {
 	l.closeSocket(&c.backend)
 	c.up.release(l)
 	c.down.release(l)
+	c.countMemory()
 	c.pending = nil
 	c.report.up, c.report.down = c.up.moved, c.down.moved
 	c.report.cutShort = c.cutShortBy()

@@ -45,7 +45,7 @@ var refusalTexts = [refusals]string{"",
 	config.Prefix + "MAX_CONNS connections are open",
 	"as many hellos wait already as the loop's part of " + config.Prefix + "HANDSHAKES lets",
 	"every backend has max-conns= connections",
-	"what the other connections' destinations do not take fills the loop's part of " + config.Prefix + "MEMORY",
+	"what other connections' destinations do not take, or its own source's, fills the loop's part of " + config.Prefix + "MEMORY",
 }
 
 func (r refusal) String() string { return refusalNames[r] }
@@ -346,6 +346,9 @@ const (
 // knock looks at what is known of a client before it has said anything: its address. It comes after the PROXY header,
 // where there is one; if that names no client, the address is the peer's.
 func (c *conn) knock() refusal {
+	if c.loop.lacksMemory(c) {
+		return refusedMemory
+	}
 	e := c.port.gate
 	if e == nil {
 		return notRefused

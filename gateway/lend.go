@@ -14,6 +14,8 @@ type lender struct {
 	out   int              // bytes that are lent
 	piped int              // bytes that lie in pipes, for a destination that is full
 	share int              // of TLSNAT_MEMORY: the loop's part (budget.go)
+
+	holders *memoryHolders // by source, while memory is scarce; nil: it is not
 }
 
 const (

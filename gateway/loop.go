@@ -212,10 +212,6 @@ func (l *loop) begin(ln *listener, fd int32, peer netip.AddrPort) {
 		return
 	}
 	c.counted = true
-	if l.memoryFull() {
-		l.turnAway(c, refusedMemory)
-		return
-	}
 	c.to(c.port.first)
 	if l.gw.trusts(peer.Addr()) {
 		c.to(readingProxy)

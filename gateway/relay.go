@@ -30,6 +30,9 @@ func (c *conn) relay() stage {
 	if c.client.failed != 0 && !c.up.ended {
 		c.pump(&c.up, &c.client, &c.backend) // down has just found out; what the client sent before is delivered
 	}
+	if c.loop.lent.holders != nil {
+		c.countMemory()
+	}
 	c.mend(&c.client)
 	c.mend(&c.backend)
 	c.answerUpdates()
@@ -113,12 +116,12 @@ func (c *conn) pump(f *flow, from, to *socket) {
 		if sealing && !c.keysServe(f, from, to) {
 			return
 		}
-		if c.loop.memoryFull() && !c.wholeRecordCame(f, from) {
+		if c.memoryFull() && !c.wholeRecordCame(f, from) {
 			from.readable = false // its rest will be news
 			return
 		}
 		n := 0
-		c.loop.work, c.loop.most = 0, c.loop.portion()
+		c.loop.work, c.loop.most = 0, c.portion()
 		if c.route.pace == 0 {
 			n = c.move(f, from, to)
 		} else if n = c.moveAtPace(f, from, to); n < 0 {

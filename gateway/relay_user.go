@@ -178,7 +178,7 @@ func (c *conn) doubts(from, to *socket) bool {
 // wanted is how many bytes the next read asks for: what there's room for while the flow streams, and when the kernel is
 // to go on behind the next record, exactly the rest of that, header first. So it is when nothing more can be kept.
 func (c *conn) wanted(f *flow, from *socket, room int) int {
-	if from.tls.rx == landing || c.loop.memoryFull() {
+	if from.tls.rx == landing || c.memoryFull() {
 		return from.tls.reader.Need(f.carry) - len(f.carry)
 	}
 	return min((int(f.batch)+1)*slotSize, room, max(c.loop.most, slotSize)) // no record opens in part
