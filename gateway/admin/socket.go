@@ -51,17 +51,32 @@ func listenUnix(path string) (*socket, error) {
 	}
 	l.SetUnlinkOnClose(false) // by then the path may be another gateway's
 	s := &socket{UnixListener: l, path: path}
-	var st unix.Stat_t
-	err = unix.Fchmodat(int(d.Fd()), name, socketMode, 0) // the umask may have taken more away
-	if err == nil {
-		err = unix.Fstatat(int(d.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
-	}
+	st, err := setSocketMode(int(d.Fd()), name)
 	if err != nil {
 		_ = l.Close()
 		return nil, fmt.Errorf("set its mode: %w", err)
 	}
 	s.dev, s.ino = st.Dev, st.Ino
 	return s, nil
+}
+
+// setSocketMode gives the socket its mode, of which the umask may have taken more away. Others may be able to write to the
+// directory, and put a link, or a file of somebody else, in its place: so what is opened is looked at, and only that is changed.
+func setSocketMode(dir int, name string) (st unix.Stat_t, err error) {
+	fd, err := unix.Openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return st, err
+	}
+	defer unix.Close(fd)
+	switch err := unix.Fstat(fd, &st); {
+	case err != nil:
+		return st, err
+	case st.Mode&unix.S_IFMT != unix.S_IFSOCK || int(st.Uid) != os.Geteuid() || st.Nlink != 1:
+		return st, errors.New("somebody has put another file in its place; choose a directory that nobody else can write to")
+	case st.Mode&0o777 == socketMode:
+		return st, nil
+	}
+	return st, unix.Chmod("/proc/self/fd/"+strconv.Itoa(fd), socketMode) // fchmod(2) does not take a descriptor of O_PATH
 }
 
 // bindUnix makes the socket with its mode: a socket that is given one before bind(2) never has another (unix(7)).
