@@ -34,6 +34,7 @@ type conn struct {
 	skimmed   int32
 	slot      uint32          // 1 + where its address is counted (conns-per-ip=); 0: nowhere
 	prelude   starttls.Server // what the client has asked for before TLS
+	knocked   refusal         // why a LOCAL connection may say nothing
 	cancels   bool            // it has sent nothing but a CancelRequest of PostgreSQL, in the clear
 
 	undelivered int // bytes that were on their way when a reset was about to be carried over

@@ -318,6 +318,30 @@ func TestNamelessClientsAreCounted(t *testing.T) {
 	b.refusedBy(t, map[string]uint64{"conns-per-ip": 1})
 }
 
+// TestNamelessClientCountsOnce at rate-per-ip=, though it is looked at when it comes and when it speaks.
+func TestNamelessClientCountsOnce(t *testing.T) {
+	b := start(t, ":{0} -> "+echoServer(t)+" mode=tcp conns-per-ip=1 rate-per-ip=3/m", "PROXY_FROM=127.0.0.9")
+	come := func() (net.Conn, error) {
+		c := dialFrom(t, "127.0.0.9", b.addr(0))
+		_, _ = io.WriteString(c, "PROXY UNKNOWN\r\n")
+		waitDelivered(t, c)
+		return c, trade(c, []byte("hello"))
+	}
+	first, err := come()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := come(); err == nil {
+		t.Fatal("a second one is in")
+	}
+	_ = first.Close()
+	b.lineOf(t, first)
+	if _, err := come(); err != nil {
+		t.Errorf("the third connection is not in: %v", err)
+	}
+	b.refusedBy(t, map[string]uint64{"conns-per-ip": 1})
+}
+
 // TestProxiedAddressCounts: behind a load balancer it is the client's address that is denied and counted.
 func TestProxiedAddressCounts(t *testing.T) {
 	b := start(t, ":{0} -> "+echoServer(t)+" mode=tcp allow=192.0.2.0/24 deny=192.0.2.66 conns-per-ip=1", "PROXY_FROM=127.0.0.9")

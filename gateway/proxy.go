@@ -177,6 +177,9 @@ func checkParts(b []byte) error {
 
 // comeIn is what comes behind the header, if the gate lets the client in.
 func (c *conn) comeIn() stage {
+	if c.knocked != notRefused { // it has been counted
+		return c.shut(c.knocked)
+	}
 	if why := c.knock(); why != notRefused {
 		return c.shut(why)
 	}
@@ -187,8 +190,11 @@ func (c *conn) comeIn() stage {
 // UNSPEC). It is a probe until it says something; then the gate sees the peer. Where the port speaks first the peer has to
 // be let in before it is spoken to, and one that is not may still look whether the port is open.
 func (c *conn) beginLocal() stage {
-	if c.port.eager && c.knock() == notRefused {
-		return c.port.first
+	if c.port.eager {
+		c.knocked = c.knock()
+		if c.knocked == notRefused {
+			return c.port.first
+		}
 	}
 	return c.awaitWord()
 }
