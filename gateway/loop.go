@@ -267,7 +267,7 @@ const leastArrival = int64(250 * time.Millisecond)
 func (c *conn) undecided() bool { return c.stage <= readingHello || c.stage == readingRequest }
 
 // makeRoom ends a connection that is no session yet, when TLSNAT_MAX_CONNS are open: the handshake that is silent for longest,
-// else a hello that waits, else whoever has not said hello for longest. Silence must not shut out those who speak. Nor must
+// else a hello that waits, else an arrival without a hello. Silence must not shut out those who speak. Nor must
 // newcomers shut out those who are at it: so a client goes only if it has had its time, or if its source has more handshakes
 // than the newcomer's would have.
 func (l *loop) makeRoom(newcomer *conn) bool {
@@ -280,18 +280,50 @@ func (l *loop) makeRoom(newcomer *conn) bool {
 		l.dropHello(refusedMaxConns)
 		return true
 	}
-	for len(l.arrivals) > 0 {
-		c := l.arriving(l.arrivals[0])
-		if c != nil && l.now-c.report.accepted < leastArrival {
-			return false
+	c := l.crowdedArrival()
+	if c == nil {
+		return false
+	}
+	c.shut(refusedMaxConns)
+	return true
+}
+
+// oldArrivals is how many arrivals are compared, the oldest ones: a look at a source takes some 5 ns.
+const oldArrivals = 32
+
+// crowdedArrival is who gives way of those that have not said hello and have had their time: the oldest of the source that
+// has the most of the oldest arrivals; nil: nobody.
+func (l *loop) crowdedArrival() *conn {
+	var oldest [oldArrivals]*conn // of each source
+	var count [oldArrivals]int
+	sources, most := 0, 0
+	for i, seen := 0, 0; i < len(l.arrivals) && seen < oldArrivals; seen++ {
+		c := l.arriving(l.arrivals[i])
+		if c == nil { // further than its hello, or gone
+			l.arrivals = deleteNear(l.arrivals, i)
+			continue
 		}
-		l.arrivals = deleteAt(l.arrivals, 0)
-		if c != nil {
-			c.shut(refusedMaxConns)
-			return true
+		if l.now-c.report.accepted < leastArrival {
+			break // the others came later
+		}
+		i++
+		k := slices.IndexFunc(oldest[:sources], func(o *conn) bool { return sourceOf(o) == sourceOf(c) })
+		if k < 0 {
+			k = sources
+			oldest[k] = c
+			sources++
+		}
+		if count[k]++; count[k] > count[most] {
+			most = k
 		}
 	}
-	return false
+	return oldest[most]
+}
+
+// deleteNear removes the element at i, which is near the beginning: what is before it moves.
+func deleteNear[T any](list []T, i int) []T {
+	copy(list[1:i+1], list[:i])
+	return deleteAt(list, 0)
 }
 
 // turnAway ends a connection that has not begun.
