@@ -279,7 +279,7 @@ func TestNamesThatMoveLeaveNothingBehind(t *testing.T) {
 	if !gone.refused(1) {
 		t.Fatal("not ejected")
 	}
-	k.ejected(gone, nil, "it is gone")
+	k.ejected(gone, c.route.trial(nil, gone), "it is gone")
 	gone.open.Add(1)
 	move(3)
 	if k.servers[serverKey{addr: gone.addr}] != gone {

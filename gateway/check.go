@@ -103,14 +103,35 @@ func (k *keeper) want(wanted map[checkKey]*check, r *route, b *backend, s *serve
 		}
 		return
 	case c == nil:
-		c = &check{checkKey: key, up: true, out: r.outbound, proxy: r.proxy, tls: b.spec.TLS, name: r.checkName(b), encryption: r.encryption}
-		if b.asks {
-			c.speaks = b.speaks
-		}
+		c = r.newCheck(key, b)
 		wanted[key] = c
 	}
 	if every := or(o.Every, natmap.DefaultEvery); c.every == 0 || every < c.every {
 		c.every, c.rise, c.fall = every, or(o.Rise, natmap.DefaultRise), or(o.Fall, natmap.DefaultFall)
+	}
+}
+
+func (r *route) newCheck(key checkKey, b *backend) *check {
+	c := &check{checkKey: key, up: true, out: r.outbound, proxy: r.proxy, tls: b.spec.TLS, name: r.checkName(b), encryption: r.encryption}
+	if b.asks {
+		c.speaks = b.speaks
+	}
+	return c
+}
+
+// trial is how to find out whether an ejected server is back: it can be connected to, and if connections of the rule shake hands
+// with it, it answers. What it answers does not matter here: no server is ejected for that.
+func (r *route) trial(b *backend, s *server) func(context.Context) error {
+	if b == nil || b.spec == nil || !b.spec.TLS {
+		return func(ctx context.Context) error { return s.touch(ctx, r.outbound, probeTime, nil) }
+	}
+	c := r.newCheck(checkKey{s, natmap.Check{Kind: "tls"}}, b)
+	return func(ctx context.Context) error {
+		err := c.ask(ctx, probeTime)
+		if _, failed := errors.AsType[unix.Errno](err); failed || ownLack(err) || errors.Is(err, errNoAnswer) || errors.Is(err, errBusy) || errors.Is(err, io.EOF) {
+			return err
+		}
+		return nil
 	}
 }
 
@@ -404,12 +425,14 @@ func (s *server) sockaddr() (unix.Sockaddr, int) {
 	return sockaddrOf(s.addr)
 }
 
+var errNoAnswer = errors.New("no answer in time")
+
 // plainNetError is an error without the addresses, which whoever reads it knows.
 func plainNetError(err error) error {
 	var op *net.OpError
 	switch {
 	case errors.Is(err, context.DeadlineExceeded), isTimeout(err):
-		return errors.New("no answer in time")
+		return errNoAnswer
 	case errors.As(err, &op):
 		if call, ok := errors.AsType[*os.SyscallError](op.Err); ok {
 			return call.Err

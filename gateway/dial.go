@@ -162,10 +162,10 @@ func (c *conn) blame(s *server, why string) {
 	case s == nil:
 	case out != nil && out.source.Transparent:
 		if s.suspected(c.route.eject) {
-			go k.suspect(s, out, why)
+			go k.suspect(s, c.route.trial(c.dial.backend, s), why)
 		}
 	case s.refused(c.route.eject):
-		go k.ejected(s, out, "connects fail: "+why)
+		go k.ejected(s, c.route.trial(c.dial.backend, s), "connects fail: "+why)
 	}
 }
 

@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -316,12 +317,12 @@ const (
 	maxPause = 4 * time.Second
 	// One that is ejected again before it was good for so long goes on where its pauses were.
 	relapse = 30 * time.Second
-	// A connect to find out whether it is back takes at most so long.
+	// A try to find out whether it is back takes at most so long.
 	probeTime = 3 * time.Second
 )
 
-// ejected takes note of a server that a loop has put out, and has it tried until it can be connected to again.
-func (k *keeper) ejected(s *server, out *outbound, why string) {
+// ejected takes note of a server that a loop has put out, and has it tried until it can be used again.
+func (k *keeper) ejected(s *server, trial func(context.Context) error, why string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	state := s.state.Load()
@@ -334,14 +335,14 @@ func (k *keeper) ejected(s *server, out *outbound, why string) {
 	}
 	s.probe.stop()
 	s.probe = k.errands.startFor(probeErrand, s.machine(), k.pause(s), func(e *errand) time.Duration {
-		return k.probed(e, s, s.touch(e.ctx, out, probeTime, nil))
+		return k.probed(e, s, trial(e.ctx))
 	})
 }
 
 // suspect puts a server out to which connects from clients' addresses fail, if one from our own fails as well.
-func (k *keeper) suspect(s *server, out *outbound, why string) {
+func (k *keeper) suspect(s *server, trial func(context.Context) error, why string) {
 	k.errands.start(0, func(e *errand) time.Duration {
-		err := s.touch(e.ctx, out, probeTime, nil)
+		err := trial(e.ctx)
 		defer s.doubt.Store(false)
 		switch {
 		case e.stopped():
@@ -350,7 +351,7 @@ func (k *keeper) suspect(s *server, out *outbound, why string) {
 		case err == nil, errors.Is(err, unix.EAGAIN) && s.unix != "":
 			s.inRow.Store(0)
 		case s.state.Or(isEjected)&isEjected == 0:
-			k.ejected(s, out, "connects fail, from clients' addresses ("+why+") and from our own: "+err.Error())
+			k.ejected(s, trial, "connects fail, from clients' addresses ("+why+") and from our own: "+err.Error())
 		}
 		return never
 	})
