@@ -193,6 +193,15 @@ func (e *errands) classWithTurn() *turns[string, *errand] {
 	return nil
 }
 
+// status is how many run, and how many are due and wait for a place.
+func (e *errands) status() (running, waiting int) {
+	for i := range e.due {
+		running += int(e.due[i].held.Load())
+		waiting += int(e.due[i].n.Load())
+	}
+	return running, waiting
+}
+
 func (x *errand) run() {
 	e := x.all
 	defer e.running.Done()

@@ -141,12 +141,8 @@ func TestErrandsThatHangHoldUpNobody(t *testing.T) {
 		if n := other.Load(); n < 9 {
 			t.Errorf("an errand of another kind was done %d times in 10 s", n)
 		}
-		running := 0
-		for i := range e.due {
-			running += int(e.due[i].held.Load())
-		}
-		if running > errandsAtOnce {
-			t.Errorf("%d run at once", running)
+		if running, waiting := e.status(); running > errandsAtOnce || running < errandsAtOnce/2 || waiting < 6000-errandsAtOnce {
+			t.Errorf("%d run at once, and %d wait", running, waiting)
 		}
 	})
 }

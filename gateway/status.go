@@ -33,6 +33,7 @@ type Status struct {
 	Gate        GateCounts       `json:"gate"`
 
 	Memory MemoryStatus `json:"memory"`
+	Tasks  TaskStatus   `json:"tasks"`
 
 	AcceptPauses uint64     `json:"accept_pauses"`       // out of descriptors or memory
 	Shortages    []Shortage `json:"shortages,omitempty"` // of this process or machine: those that have happened
@@ -87,6 +88,12 @@ type ByteCounts struct {
 type MemoryStatus struct {
 	Used  int64 `json:"used"`
 	Limit int64 `json:"limit"`
+}
+
+// TaskStatus is about what is done beside the loops: checks, lookups, tries of ejected servers.
+type TaskStatus struct {
+	Running int `json:"running"`
+	Waiting int `json:"waiting"` // that are due, and have no place yet
 }
 
 // KernelCounts are halves of connections that streamed, a direction of TLS each: those that went to the kernel, and
@@ -210,6 +217,7 @@ func (g *Gateway) sum(s *Status) {
 	s.Bytes.Spliced = g.total(func(n *counters) *atomic.Uint64 { return &n.spliced })
 	s.Shortages = slices.DeleteFunc(g.Shortages(), func(x Shortage) bool { return x.Count == 0 })
 	s.Memory.Limit = int64(g.settings.Memory)
+	s.Tasks.Running, s.Tasks.Waiting = g.keeper.errands.status()
 	for _, l := range g.loops {
 		s.Memory.Used += l.counters.lent.Load()
 	}

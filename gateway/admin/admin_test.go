@@ -870,7 +870,7 @@ func TestNamesInTheAPIStay(t *testing.T) {
 	b := start(t)
 	b.mixed(t)
 	for what, want := range map[string]string{
-		"status":      "accept_pauses backend_handshakes bytes certificates connections draining gate generation generations handshakes ktls listen listening log_lines_dropped loops memory per_loop ports reloads rules started times unusable_files version",
+		"status":      "accept_pauses backend_handshakes bytes certificates connections draining gate generation generations handshakes ktls listen listening log_lines_dropped loops memory per_loop ports reloads rules started tasks times unusable_files version",
 		"map":         "generation listening rules total",
 		"conns":       "connections ended total",
 		"certs":       "certificates total",
