@@ -215,11 +215,7 @@ func logOnFullDisk(s *stage) error {
 }
 
 func logWithControls(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} -> "+back+" mode=tcp", "PROXY_FROM=127.0.0.0/8", "LOG_FORMAT=console")
+	e, err := s.start(":{0} -> {echo} mode=tcp", "PROXY_FROM=127.0.0.0/8", "LOG_FORMAT=console")
 	if err != nil {
 		return err
 	}

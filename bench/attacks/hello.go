@@ -127,11 +127,7 @@ func longName(s *stage) error {
 }
 
 func oddNames(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} a.example -> " + back)
+	e, err := s.start(":{0} a.example -> {echo}")
 	if err != nil {
 		return err
 	}
@@ -160,11 +156,7 @@ func silentFromOne(s *stage) error  { return silentHandshakes(s, 1) }
 
 // silentHandshakes has many clients begin a handshake and fall silent, and honest ones come meanwhile.
 func silentHandshakes(s *stage, addresses int) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} a.example -> "+back, "LOG_FORMAT=json")
+	e, err := s.start(":{0} a.example -> {echo}", "LOG_FORMAT=json")
 	if err != nil {
 		return err
 	}
@@ -229,11 +221,7 @@ func (e *edge) beSilent(first []byte, addresses, perSecond int, stop chan struct
 }
 
 func bigHellos(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} a.example -> " + back)
+	e, err := s.start(":{0} a.example -> {echo}")
 	if err != nil {
 		return err
 	}
@@ -267,11 +255,7 @@ func bigHellos(s *stage) error {
 }
 
 func helloInPieces(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} a.example -> " + back)
+	e, err := s.start(":{0} a.example -> {echo}")
 	if err != nil {
 		return err
 	}

@@ -34,18 +34,8 @@ func outOfDescriptors(s *stage) error {
 	if err != nil {
 		return err
 	}
-	back, err := s.echo()
+	e, err := s.startThrough([]string{limiter, "--nofile=256"}, ":{0} -> {echo} mode=tcp check=tcp every=1s on-down=cut", "MAX_CONNS=100000")
 	if err != nil {
-		return err
-	}
-	e, err := s.prepare(":{0} -> "+back+" mode=tcp check=tcp every=1s on-down=cut", "MAX_CONNS=100000")
-	if err != nil {
-		return err
-	}
-	if err := e.launch(limiter, "--nofile=256"); err != nil {
-		return err
-	}
-	if err := e.awaitRunning(); err != nil {
 		return err
 	}
 	healthy, err := e.dial(0)
@@ -75,34 +65,20 @@ func stalledReaders(s *stage) error {
 	if err != nil {
 		return err
 	}
-	back, err := s.serve(func(c net.Conn) {
-		b := make([]byte, 1<<20)
-		for {
-			if _, err := c.Write(b); err != nil {
-				return
-			}
-		}
-	})
+	back, err := s.flood()
 	if err != nil {
 		return err
 	}
-	e, err := s.prepare(":{0} -> " + back + " mode=tcp")
+	e, err := s.startThrough([]string{limiter, "--nofile=1024"}, ":{0} -> "+back+" mode=tcp")
 	if err != nil {
-		return err
-	}
-	if err := e.launch(limiter, "--nofile=1024"); err != nil {
-		return err
-	}
-	if err := e.awaitRunning(); err != nil {
 		return err
 	}
 	for range 380 {
-		c, err := e.dial(0)
+		c, err := e.dialSlow("", 0)
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		_ = c.(*net.TCPConn).SetReadBuffer(4096)
 	}
 	if err := e.quiet(); err != nil { // once nobody takes anything any more
 		return err
@@ -113,12 +89,38 @@ func stalledReaders(s *stage) error {
 	return e.ready()
 }
 
-func stoodStill(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
+// flood is a backend that sends for as long as anybody takes it.
+func (s *stage) flood() (string, error) {
+	b := make([]byte, 1<<20)
+	return s.serve(func(c net.Conn) {
+		_ = c.(*net.TCPConn).SetWriteBuffer(smallBuffer)
+		for {
+			if _, err := c.Write(b); err != nil {
+				return
+			}
+		}
+	})
+}
+
+// smallBuffer is what the sockets of stalled streams ask for. With the kernel's own sizes some hundred streams take all the memory
+// that TCP may have on a machine. Then it drops segments of everybody, also those that ask the gateway whether it is ready.
+const smallBuffer = 16 << 10
+
+// dialSlow connects a client that takes no more than a little before it reads. Its window has to be small from the start.
+func (e *edge) dialSlow(from string, i int) (net.Conn, error) {
+	d := net.Dialer{Timeout: patience, Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) {
+			_ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, smallBuffer)
+		})
+	}}
+	if from != "" {
+		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
 	}
-	e, err := s.start(":{0} -> " + back + " mode=tcp idle=1s")
+	return d.Dial("tcp", e.addrs[i])
+}
+
+func stoodStill(s *stage) error {
+	e, err := s.start(":{0} -> {echo} mode=tcp idle=1s")
 	if err != nil {
 		return err
 	}
@@ -174,10 +176,6 @@ func hangupDuringStart(s *stage) error {
 }
 
 func unusableFiles(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
 	for name, text := range map[string]string{
 		"broken.pem":   "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
 		"half.pem":     "-----BEGIN CERTIFICATE-----\nMIIB",
@@ -190,7 +188,7 @@ func unusableFiles(s *stage) error {
 			return err
 		}
 	}
-	e, err := s.start(":{0} a.example -> " + back)
+	e, err := s.start(":{0} a.example -> {echo}")
 	if err != nil {
 		return err
 	}

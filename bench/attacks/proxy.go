@@ -54,11 +54,7 @@ var (
 )
 
 func proxyLocalThenTalks(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} a.example -> "+back+" deny=127.0.0.0/8\n:{1} a.example -> "+back, "PROXY_FROM=127.0.0.0/8")
+	e, err := s.start(":{0} a.example -> {echo} deny=127.0.0.0/8\n:{1} a.example -> {echo}", "PROXY_FROM=127.0.0.0/8")
 	if err != nil {
 		return err
 	}
@@ -91,11 +87,7 @@ func proxyLocalThenTalks(s *stage) error {
 }
 
 func proxyInPieces(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} -> "+back+" mode=tcp", "PROXY_FROM=127.0.0.0/8")
+	e, err := s.start(":{0} -> {echo} mode=tcp", "PROXY_FROM=127.0.0.0/8")
 	if err != nil {
 		return err
 	}
@@ -136,11 +128,7 @@ func (a *after) Write(p []byte) (int, error) {
 }
 
 func mappedAddresses(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} -> " + back + " mode=tcp deny=::ffff:127.0.0.0/104")
+	e, err := s.start(":{0} -> {echo} mode=tcp deny=::ffff:127.0.0.0/104")
 	if err != nil {
 		return err
 	}

@@ -53,11 +53,7 @@ func pattern(n int) []byte {
 }
 
 func smallRecordsUp(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} a.example -> " + back)
+	e, err := s.start(":{0} a.example -> {echo}")
 	if err != nil {
 		return err
 	}
@@ -155,11 +151,7 @@ func smallRecordsDown(s *stage) error {
 }
 
 func smallRecordsBeside(s *stage) error {
-	back, err := s.echo()
-	if err != nil {
-		return err
-	}
-	e, err := s.start(":{0} a.example -> " + back)
+	e, err := s.start(":{0} a.example -> {echo}")
 	if err != nil {
 		return err
 	}

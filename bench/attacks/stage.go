@@ -168,13 +168,19 @@ type line map[string]any
 
 func (l line) str(key string) string { return fmt.Sprint(l[key]) }
 
-// start runs the gateway with a map in which {0}, {1}, … stand for free ports. Settings are written without TLSNAT_.
+// start runs the gateway with a map in which {0}, {1}, … stand for free ports, and {echo} for a backend that sends back what it
+// gets. Settings are written without TLSNAT_.
 func (s *stage) start(mapText string, settings ...string) (*edge, error) {
+	return s.startThrough(nil, mapText, settings...)
+}
+
+// startThrough is start with words before the command, as in prlimit --nofile=64.
+func (s *stage) startThrough(through []string, mapText string, settings ...string) (*edge, error) {
 	e, err := s.prepare(mapText, settings...)
 	if err != nil {
 		return nil, err
 	}
-	if err := e.launch(); err != nil {
+	if err := e.launch(through...); err != nil {
 		return nil, err
 	}
 	return e, e.awaitRunning()
@@ -193,6 +199,13 @@ func (e *edge) awaitRunning() error {
 // prepare is start without running anything.
 func (s *stage) prepare(mapText string, settings ...string) (*edge, error) {
 	e := &edge{stage: s, ended: make(chan struct{}), news: make(chan struct{})}
+	if strings.Contains(mapText, "{echo}") {
+		back, err := s.echo()
+		if err != nil {
+			return nil, err
+		}
+		mapText = strings.ReplaceAll(mapText, "{echo}", back)
+	}
 	for i := 0; strings.Contains(mapText, fmt.Sprintf("{%d}", i)); i++ {
 		p, err := port()
 		if err != nil {
@@ -214,7 +227,7 @@ func (s *stage) prepare(mapText string, settings ...string) (*edge, error) {
 	return e, nil
 }
 
-// launch starts the process; through holds words before it, as in prlimit --nofile=64.
+// launch starts the process; through holds words before it.
 func (e *edge) launch(through ...string) error {
 	args := append(through, e.stage.binary, "run")
 	e.cmd = exec.Command(args[0], args[1:]...)
