@@ -92,14 +92,20 @@ func (gen *generation) resolve(ctx context.Context) (problems []string) {
 	defer cancel()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
-	slots := make(chan struct{}, 32) // lookups at once
+	slots := make(chan struct{}, lookupsAtOnce)
+	var fresh []*name
 	for n := range gen.names {
-		if n.leads.Load() != nil {
-			continue
+		if n.leads.Load() == nil {
+			fresh = append(fresh, n)
 		}
+	}
+	each := firstPatience(len(fresh))
+	for _, n := range fresh {
 		wg.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
+			ctx, cancel := context.WithTimeout(ctx, each)
+			defer cancel()
 			a, err := n.lookup(ctx, gen.config.Settings.Resolver)
 			mu.Lock()
 			defer mu.Unlock()
@@ -113,6 +119,16 @@ func (gen *generation) resolve(ctx context.Context) (problems []string) {
 	wg.Wait()
 	slices.Sort(problems)
 	return problems
+}
+
+// lookupsAtOnce is how many names the start and a reload look up at the same time: half of the descriptors that tasks may have.
+const lookupsAtOnce = errandsAtOnce / 2
+
+// firstPatience is how long each of n names is waited for: so long that all have had their turn when firstLookups is over, though
+// most of them are not answered. A name that would have been answered later is looked up again at once (follow).
+func firstPatience(n int) time.Duration {
+	rounds := max(1, (n+lookupsAtOnce-1)/lookupsAtOnce)
+	return firstLookups / time.Duration(rounds)
 }
 
 // follow has the generation's names looked up when their time comes. The keeper's lock is held.
