@@ -133,13 +133,11 @@ func stoodStill(s *stage) error {
 		if err := echoes(c, []byte("a")); err != nil {
 			return err
 		}
-		if err := e.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
-			return err
-		}
-		time.Sleep(200 * time.Millisecond)
-		_, _ = c.Write([]byte("b"))
-		time.Sleep(1500 * time.Millisecond)
-		if err := e.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		go func() {
+			time.Sleep(200 * time.Millisecond)
+			_, _ = c.Write([]byte("b"))
+		}()
+		if err := e.standStill(1700 * time.Millisecond); err != nil {
 			return err
 		}
 		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
@@ -147,6 +145,15 @@ func stoodStill(s *stage) error {
 		}
 	}
 	return nil
+}
+
+// standStill stops the process for a while.
+func (e *edge) standStill(d time.Duration) error {
+	if err := e.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	time.Sleep(d)
+	return e.cmd.Process.Signal(syscall.SIGCONT)
 }
 
 func hangupDuringStart(s *stage) error {

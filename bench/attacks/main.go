@@ -34,7 +34,7 @@ type attack struct {
 // attacks is every attack, in the order of the files that have them.
 func attacks() []attack {
 	var all []attack
-	for _, part := range [][]attack{recordAttacks, helloAttacks, proxyAttacks, clearTextAttacks, adminAttacks, machineAttacks} {
+	for _, part := range [][]attack{recordAttacks, helloAttacks, proxyAttacks, clearTextAttacks, adminAttacks, sharedAttacks, machineAttacks} {
 		all = append(all, part...)
 	}
 	return all
