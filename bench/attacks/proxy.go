@@ -133,6 +133,9 @@ func mappedAddresses(s *stage) error {
 		return err
 	}
 	c, err := e.dial(0)
+	if isReset(err) {
+		return nil // turned away before the dial returned
+	}
 	if err != nil {
 		return err
 	}

@@ -49,7 +49,7 @@ func memoryFilledByOne(s *stage) error {
 		}
 		defer c.Close()
 	}
-	if err := e.quiet(); err != nil {
+	if err := until(e.quiet); err != nil { // a thousand streams take some seconds until they stand still
 		return err
 	}
 	for i := range 20 {
