@@ -17,7 +17,10 @@ import (
 // they have sent is carried, however many they are and wherever in their story; those that were silent end.
 func TestWhatCameDuringAPauseCounts(t *testing.T) {
 	beside(t)
-	const timeout = 2 * time.Second
+	timeout := 2 * time.Second
+	if raceEnabled {
+		timeout *= 4 // 150 streams begin within it
+	}
 	half := serve(t, func(c *net.TCPConn) {
 		_, _ = io.Copy(io.Discard, c) // until the client's end; the answer comes later
 		time.Sleep(timeout / 2)

@@ -14,9 +14,11 @@ import (
 )
 
 const (
-	// Files are looked at this often, and never for more than a hundredth of the time.
+	// Files are looked at this often, and for no more than a hundredth of the time,
 	watchEvery = time.Second
 	watchShare = 100
+	// but at least this often: on a busy machine a look takes long because it waits.
+	watchLeast = 10 * time.Second
 )
 
 // watch reloads when what was read is not what is there any more. It looks at files by their names, as the next reload
@@ -35,7 +37,7 @@ func (g *Gateway) watch(ctx context.Context) {
 		if changed, before = g.changed(before); changed {
 			g.Reload()
 		}
-		pause = max(watchEvery, watchShare*time.Since(began))
+		pause = min(max(watchEvery, watchShare*time.Since(began)), watchLeast)
 	}
 }
 
