@@ -713,17 +713,20 @@ func (h *handshaker) unwrapSession(ticket []byte, cs tls.ConnectionState) (*tls.
 	return nil, nil
 }
 
-// wire is the net.Conn that crypto/tls shakes hands over, with a client or with a backend. It hands out one record at a time, header first: crypto/tls
-// reads as much as it gets, and what it has read beyond the handshake could not be had back.
+// wire is the net.Conn that crypto/tls shakes hands over, with a client or with a backend. It hands out no more than one
+// record at a time: crypto/tls reads as much as it gets, and what it has read beyond the handshake could not be had back.
 type wire struct {
 	loop      *loop
 	fd        int32
 	news      chan struct{} // the loop's word that the socket has news, after which a read is worth trying
 	buf       []byte        // read and not handed out: buf[off:]
 	off       int
-	left      int         // of the record that is being handed out
-	drained   bool        // there is nothing to read until the loop has news
-	cut       atomic.Bool // a short read does not mean "drained": the stream's end, or urgent data, is behind it
+	left      int                // of the record that is being handed out
+	more      int                // of a record that is handed out in pieces: what comes behind this one
+	head      [recordHeader]byte // of such a piece,
+	headLeft  int                // and how much of it is still to be handed out
+	drained   bool               // there is nothing to read until the loop has news
+	cut       atomic.Bool        // a short read does not mean "drained": the stream's end, or urgent data, is behind it
 	computing bool
 	preface   []byte // goes out before everything else: the PROXY header for a backend
 
@@ -760,7 +763,7 @@ func (w *wire) forget() {
 	if cap(w.buf) > 4*wireBuffer {
 		w.buf = nil
 	}
-	w.buf, w.off, w.left = w.buf[:0], 0, 0
+	w.buf, w.off, w.left, w.more, w.headLeft = w.buf[:0], 0, 0, 0, 0
 	w.loop, w.preface = nil, nil
 	w.in.begin(0)
 	w.out.begin(0)
@@ -820,15 +823,35 @@ func (w *wire) Read(p []byte) (int, error) {
 	}
 }
 
-// take moves what may be handed out into p: a whole header, or a piece of the record that it announced.
+// crypto/tls reads a record into a buffer that it keeps. The first one has room for this much, and a longer record would
+// have it make one of twice the size and more, for as long as the handshake waits for its client. So a long record of
+// handshake messages, such as a post-quantum hello, is handed out as several: they may be cut anywhere (RFC 8446, section 5.1).
+const longestPiece = 512
+
+// take moves what may be handed out into p, of one record.
 func (w *wire) take(p []byte) int {
 	b := w.buf[w.off:]
-	if w.left == 0 {
+	if w.left == 0 && w.more == 0 {
 		if len(b) < recordHeader {
 			return 0
 		}
-		w.left = recordHeader + int(b[3])<<8 + int(b[4])
-		p = p[:min(len(p), recordHeader)]
+		size := int(b[3])<<8 + int(b[4])
+		if b[0] != record.TypeHandshake || w.in.changed || size <= longestPiece {
+			w.left = recordHeader + size
+		} else {
+			w.head, w.more, w.off = [recordHeader]byte(b), size, w.off+recordHeader
+		}
+	}
+	if w.left == 0 {
+		n := min(w.more, longestPiece)
+		w.head[3], w.head[4], w.headLeft = byte(n>>8), byte(n), recordHeader
+		w.left, w.more = n, w.more-n
+	}
+	if w.headLeft > 0 {
+		n := copy(p, w.head[recordHeader-w.headLeft:])
+		w.in.follow(p[:n])
+		w.headLeft -= n
+		return n
 	}
 	n := copy(p[:min(len(p), w.left)], b)
 	w.in.follow(b[:n])
