@@ -24,7 +24,9 @@ func Leftovers(g *Gateway) string {
 	for _, l := range g.loops {
 		for what, n := range map[string]int{"connections": len(l.conns), "hellos": int(l.queue.n.Load()), "handshakes": int(l.queue.held.Load()),
 			"waiting for a backend's handshake": int(l.encryptQueue.n.Load()), "handshakes with backends": int(l.encryptQueue.held.Load()),
-			"computing": int(l.active.Load()), "queues": len(l.queues), "waiting for room": int(l.waiting.Load())} {
+			"computing": int(l.active.Load()), "queues": len(l.queues), "waiting for room": int(l.waiting.Load()),
+			"bytes of lent memory": l.lent.out, "bytes in pipes": l.lent.piped, "pipes": l.pipes.out, "begun handshakes": len(l.begun),
+			"sockets": l.socks.watched(), "streams that are paced": l.pacer.n} {
 			if n != 0 {
 				left += fmt.Sprintf("%s: %d; ", what, n)
 			}
