@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
@@ -100,8 +102,7 @@ func holding(t *testing.T, share int, held map[string]int) (*still, map[string]*
 	s.loop.lent.share = share
 	conns := map[string]*conn{}
 	for source, n := range held {
-		c, _ := s.accept(t)
-		c.report.source = netip.AddrPortFrom(netip.MustParseAddr(source), 1)
+		c := s.newcomer(t, source)
 		c.enter(s.listener.rules.plain)
 		c.stage = relaying
 		c.down.hold(s.loop, make([]byte, n))
@@ -114,8 +115,14 @@ func holding(t *testing.T, share int, held map[string]int) (*still, map[string]*
 
 // newcomer is a connection of a source that has just come.
 func (s *still) newcomer(t *testing.T, source string) *conn {
-	c, _ := s.accept(t)
-	c.report.source = netip.AddrPortFrom(netip.MustParseAddr(source), 2)
+	c, client := s.accept(t)
+	t.Cleanup(func() {
+		if c.stage != over {
+			c.finish(OK, "")
+		}
+		_ = unix.Close(client)
+	})
+	c.report.source = netip.AddrPortFrom(netip.MustParseAddr(source), 1)
 	return c
 }
 
