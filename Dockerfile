@@ -28,7 +28,7 @@ COPY --from=build /image/modules.txt /modules.txt
 # To trust other CAs mount a bundle here, or write backend-ca= into the map.
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 
-# Settings are TLSNAT_ variables (README.md lists them): at least TLSNAT_MAP or TLSNAT_MAP_FILE, and TLSNAT_CERTS.
+# Settings are TLSNAT_ variables (docs/reference/settings.md lists them): at least TLSNAT_MAP or TLSNAT_MAP_FILE, and TLSNAT_CERTS.
 # The admin listens on the container's own loopback. For health checks and metrics from outside set
 # TLSNAT_ADMIN=0.0.0.0:9180 and TLSNAT_ADMIN_TOKEN.
 ENV STATE_DIRECTORY=/var/lib/tlsnat

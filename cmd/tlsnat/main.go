@@ -15,6 +15,7 @@
 //	tlsnat reload     have the running gateway read map and certificates again
 //	tlsnat env        every setting
 //	tlsnat version    version, Go, kernel features
+//	tlsnat help       the manual
 //
 // It reads arguments and the environment, prints, and ends the process; what the gateway does is package gateway.
 package main
@@ -72,6 +73,8 @@ const usage = `tlsnat: a Layer-4 TLS edge gateway with port NAT
                     --transparent: the routes that source=transparent needs
   tlsnat env        every setting: name, type, default, meaning
   tlsnat version    version, Go, kernel features
+  tlsnat help       [TOPIC]
+                    the manual: a page, an option, a setting, an outcome or a metric
 
 Settings are variables of the environment (tlsnat env). Without any of them, and without a command, it is the demo.
 Exit codes: 0 done, 1 what you wrote is wrong, 2 usage, 3 could not run (a port is taken, a right is missing).
@@ -84,14 +87,14 @@ func (p *program) main() int {
 	} else if !p.configured() {
 		name = "demo"
 	}
-	if isHelp(name) || name == "help" || slices.ContainsFunc(args, isHelp) {
+	if isHelp(name) || slices.ContainsFunc(args, isHelp) {
 		fmt.Fprint(p.out, usage)
 		return exitOK
 	}
 	commands := map[string]func([]string) int{
 		"run": p.run, "demo": p.demo, "check": p.check, "explain": p.explain,
 		"show": p.show, "reload": p.reload, "backend": p.backend, "firewall": p.firewall, "csr": p.csr,
-		"env": p.env, "version": p.version, "--version": p.version,
+		"env": p.env, "help": p.help, "version": p.version, "--version": p.version,
 	}
 	command, ok := commands[name]
 	if !ok {

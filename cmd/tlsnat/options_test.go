@@ -66,10 +66,10 @@ var behaviours = map[string]string{
 	"log-tlvs":       "TestTLVsOfLoadBalancerAreForwardedAndLogged",
 }
 
-// TestEveryOptionIsTestedAndDocumented: what it does has a test that uses it, it has a row in the README's table, and a
+// TestEveryOptionIsTestedAndDocumented: what it does has a test that uses it, it has a row in the reference, and a
 // case in which explain says where it was written and one in which it says what holds without it.
 func TestEveryOptionIsTestedAndDocumented(t *testing.T) {
-	tests, text, explained := gatewayTests(t), readme(t), explanations(t)
+	tests, text, explained := gatewayTests(t), document(t, optionPage), explanations(t)
 	var keys []string
 	for _, o := range natmap.OptionDocs() {
 		keys = append(keys, o.Key)
@@ -81,7 +81,7 @@ func TestEveryOptionIsTestedAndDocumented(t *testing.T) {
 			t.Errorf("%s= stands in no map of %s, if there is such a test", o.Key, test)
 		}
 		if !strings.Contains(text, "\n| `"+o.Key+"=") {
-			t.Errorf("%s= has no row in the README's table", o.Key)
+			t.Errorf("%s= has no row in the reference", o.Key)
 		}
 		for _, from := range []string{"the rule, |default line, ", "built in|default of TLSNAT_"} {
 			if !regexp.MustCompile(`(?m)^(options)? +` + o.Key + `=.* {2,}(` + from + `)`).MatchString(explained) {

@@ -417,10 +417,10 @@ func TestExampleSettingsExist(t *testing.T) {
 	}
 }
 
-// TestSettingsAreForRootAlone: the file may hold the admin's token. The README installs it so, and shows no way to check
+// TestSettingsAreForRootAlone: the file may hold the admin's token. The guide installs it so, and shows no way to check
 // it that puts what it holds into the arguments of a process, which every user can read.
 func TestSettingsAreForRootAlone(t *testing.T) {
-	text := strings.Join(blocks(t, "console"), "")
+	text := strings.Join(blocks(t, "docs/guide/install.md", "console"), "")
 	if m := regexp.MustCompile(`(?m)^\$ install -m (\d+) .*docs/tlsnat\.env`).FindStringSubmatch(text); m == nil || m[1] != "600" {
 		t.Errorf("installed as %v", m)
 	}

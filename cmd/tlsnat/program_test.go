@@ -26,7 +26,7 @@ import (
 	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
-var update = flag.Bool("update", false, "rewrite the golden files and the README's tables")
+var update = flag.Bool("update", false, "rewrite the golden files and the tables of the reference")
 
 // patience is how long a test waits for what has to happen. It's never reached on a machine that is merely slow.
 const patience = 60 * time.Second

@@ -21,11 +21,12 @@ import (
 	"github.com/tlsnat/tlsnat/gateway/admin"
 )
 
-var update = flag.Bool("update", false, "write the README's examples of the API, and docs/metrics.md")
+var update = flag.Bool("update", false, "write the examples of the API and the table of metrics")
 
-const readme = "../../README.md"
+// apiPage is the reference of the API.
+const apiPage = "../../docs/reference/api.md"
 
-// example is a request in the README and what is answered: a question over TCP, or an order by the socket.
+// example is a request in the reference and what is answered: a question over TCP, or an order by the socket.
 var example = regexp.MustCompile("(?m)^\\$ curl (?:--unix-socket /run/tlsnat/admin\\.sock (-X POST) )?'?http://(?:127\\.0\\.0\\.1:9180|localhost)/api/v1/([a-z/]*)(\\?[^\\s']*)?'?\n((?:[^$`].*\n)+)")
 
 // shown is a gateway that has something of everything to show.
@@ -62,10 +63,10 @@ func shown(t *testing.T) *bed {
 	}
 }
 
-// TestREADMEShowsWhatTheAPIAnswers: every example is asked for, and has the same names as the answer, which are those of the
+// TestReferenceShowsWhatTheAPIAnswers: every example is asked for, and has the same names as the answer, which are those of the
 // types; every endpoint has an example.
-func TestREADMEShowsWhatTheAPIAnswers(t *testing.T) {
-	text, err := os.ReadFile(readme)
+func TestReferenceShowsWhatTheAPIAnswers(t *testing.T) {
+	text, err := os.ReadFile(apiPage)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +93,7 @@ func TestREADMEShowsWhatTheAPIAnswers(t *testing.T) {
 			continue
 		}
 		if err := strictly(sample, answers[path]()); err != nil {
-			t.Errorf("%s %s: the README: %v", method, path, err)
+			t.Errorf("%s %s: the reference: %v", method, path, err)
 		}
 		if err := strictly(real, answers[path]()); err != nil {
 			t.Errorf("%s %s: %v", method, path, err)
@@ -100,17 +101,17 @@ func TestREADMEShowsWhatTheAPIAnswers(t *testing.T) {
 		promised, got := shape(sample), shape(real)
 		for name := range promised {
 			if _, there := got[name]; !there {
-				t.Errorf("%s %s: %s is in the README and not in %s", method, path, name, real)
+				t.Errorf("%s %s: %s is in the reference and not in %s", method, path, name, real)
 			}
 		}
 		for name, always := range got {
 			if _, there := promised[name]; always && !there {
-				t.Errorf("%s %s: %s is not in the README", method, path, name)
+				t.Errorf("%s %s: %s is not in the reference", method, path, name)
 			}
 		}
 	}
 	if *update {
-		if err := os.WriteFile(readme, []byte(written), 0o644); err != nil {
+		if err := os.WriteFile(apiPage, []byte(written), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		return
@@ -192,7 +193,7 @@ func onOneLine(s string) string {
 	})
 }
 
-// TestMetricsAreExplained: docs/metrics.md is what the metrics say of themselves.
+// TestMetricsAreExplained: docs/reference/metrics.md is what the metrics say of themselves.
 func TestMetricsAreExplained(t *testing.T) {
 	b := shown(t)
 	response, text := b.ask(t, http.MethodGet, "/metrics", nil)
@@ -200,7 +201,7 @@ func TestMetricsAreExplained(t *testing.T) {
 		t.Fatal(response.Status)
 	}
 	want := metricTable(text)
-	file := filepath.Join(docs, "metrics.md")
+	file := filepath.Join(docs, "reference", "metrics.md")
 	if *update {
 		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {
 			t.Fatal(err)
@@ -214,9 +215,9 @@ func TestMetricsAreExplained(t *testing.T) {
 
 // metricTable has a row for each of our metrics, with the labels of its first line.
 func metricTable(text string) string {
-	table := "# Metrics\n\nWhat `/metrics` of the admin has, beside those of the Go runtime (`go_`) and of the process (`process_`). Labels have closed lists of values, or\n" +
-		"bounds that the text names; nothing that a client says becomes one. Histograms are native ones with a few classic buckets.\n" +
-		"[alerts.yml](alerts.yml) and [prometheus.yml](prometheus.yml) use them.\n\n| metric | type | labels | is |\n|---|---|---|---|\n"
+	table := "# Metrics\n\nThe admin serves them at `/metrics`, beside those of the Go runtime (`go_`) and of the process (`process_`).\n" +
+		"Labels have closed lists of values, or bounds that the text names.\nNothing that a client says becomes a label.\n" +
+		"Histograms are native ones, with a few classic buckets.\n[alerts.yml](../alerts.yml) and [prometheus.yml](../prometheus.yml) use them.\n\n| metric | type | labels | is |\n|---|---|---|---|\n"
 	for _, m := range regexp.MustCompile(`(?m)^# HELP (tlsnat_\w+) (.*)\n# TYPE \w+ (\w+)\n\w+(?:\{(.*)\})? `).FindAllStringSubmatch(text, -1) {
 		var labels []string
 		for _, l := range regexp.MustCompile(`(\w+)="(?:[^"\\]|\\.)*"`).FindAllStringSubmatch(m[4], -1) {
