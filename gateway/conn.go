@@ -166,7 +166,7 @@ func (c *conn) ready(s *socket, events uint32) {
 	}
 	s.exact = s.exact || events&unix.EPOLLPRI != 0
 	if events&unix.EPOLLERR != 0 && s.failed == 0 && (s == &c.client || c.stage != connecting) {
-		c.faulty(s)
+		c.takeSocketError(s)
 	}
 	if c.stage == relaying && max(c.up.batch, c.down.batch) >= streaming {
 		c.loop.putOff(c)

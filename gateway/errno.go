@@ -9,7 +9,7 @@ import "golang.org/x/sys/unix"
 //
 // Two kinds never come here. Interrupted calls are repeated where they are made, a few times (sys_linux.go). And errors of
 // records that the kernel opens, which it has no other words for than EBADMSG, EMSGSIZE, EINVAL and EIO, are about a
-// record and not about the connection (unopenable, hear).
+// record and not about the connection (unopenable, readControl).
 
 // meaning is what an error means. It is never asked about 0, which is none.
 type meaning uint8

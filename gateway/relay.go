@@ -33,8 +33,8 @@ func (c *conn) relay() stage {
 	if c.loop.lent.holders != nil {
 		c.countMemory()
 	}
-	c.mend(&c.client)
-	c.mend(&c.backend)
+	c.clearDecryptError(&c.client)
+	c.clearDecryptError(&c.backend)
 	c.answerUpdates()
 	switch {
 	case c.report.told:

@@ -204,7 +204,7 @@ func (c *conn) openInKernel(f *flow, from *socket) {
 	c.loop.counters.kernelRX.Add(1)
 }
 
-// hear finds out what it is that the kernel opened and could not splice, or read, as data: said is the error, or 0 for
+// readControl finds out what it is that the kernel opened and could not splice, or read, as data: said is the error, or 0 for
 // a call that brought nothing.
 //
 //	0        the end of the stream, or an empty record
@@ -213,14 +213,14 @@ func (c *conn) openInKernel(f *flow, from *socket) {
 //	other    a record that does not open, or is too long; or the end of the connection
 //
 // It returns how many bytes of data it carried.
-func (c *conn) hear(f *flow, from, to *socket, said unix.Errno) int {
+func (c *conn) readControl(f *flow, from, to *socket, said unix.Errno) int {
 	if said != 0 && said != unix.EINVAL && said != unix.EIO {
 		c.unopened(f, from, said)
 		return 0
 	}
 	if said == 0 {
 		if !from.ended() {
-			c.judge(f, from, record.TypeData, nil) // recvmsg would go on behind it, however many there are
+			c.judgeRecord(f, from, record.TypeData, nil) // recvmsg would go on behind it, however many there are
 			return 0
 		}
 	}
@@ -260,7 +260,7 @@ func (c *conn) received(f *flow, from, to *socket, buf []byte, n int, typ byte, 
 		}
 		return n
 	default:
-		c.judge(f, from, typ, buf[:n])
+		c.judgeRecord(f, from, typ, buf[:n])
 	}
 	return 0
 }
@@ -275,8 +275,8 @@ func (s *socket) ended() bool {
 	return n > 0
 }
 
-// judge does what a record asks for that the kernel has opened and that is no data.
-func (c *conn) judge(f *flow, from *socket, typ byte, p []byte) {
+// judgeRecord does what a record asks for that the kernel has opened and that is no data.
+func (c *conn) judgeRecord(f *flow, from *socket, typ byte, p []byte) {
 	rec, err := from.tls.reader.Judge(typ, p)
 	switch {
 	case err != nil:
@@ -288,7 +288,7 @@ func (c *conn) judge(f *flow, from *socket, typ byte, p []byte) {
 			return
 		}
 	}
-	c.heed(f, from, rec)
+	c.handleRecord(f, from, rec)
 }
 
 // answerUpdates gives one answer for all the KeyUpdates of a turn that ask for one: the kernel brings them one by one.
@@ -478,8 +478,9 @@ func (f *flow) ending(to *socket) bool {
 	return (f.notified || f.ended && f.cutShort) && !f.closed && !f.stuck() && to.kernelSeals() && to.failed == 0
 }
 
-// mend takes back that a socket has failed when it was writing that met the error of a record which could not be opened.
-func (c *conn) mend(s *socket) {
+// clearDecryptError clears the failure of s if a write merely reported a record that could not be opened: the connection
+// itself is fine.
+func (c *conn) clearDecryptError(s *socket) {
 	if s.failed == 0 || !s.kernelOpens() || !unopenable(s.failed) {
 		return
 	}
@@ -500,8 +501,9 @@ func (c *conn) flowTo(s *socket) *flow {
 
 func (c *conn) flowFrom(s *socket) *flow { return c.other(c.flowTo(s)) }
 
-// faulty takes the error that a socket has. One of a record is none of the connection.
-func (c *conn) faulty(s *socket) {
+// takeSocketError takes the pending error of s (SO_ERROR). If it only says that a record did not open, the connection
+// has not failed.
+func (c *conn) takeSocketError(s *socket) {
 	e := takeError(s.fd) // 0 when a system call has taken it already
 	if !s.kernelOpens() || !unopenable(e) {
 		s.failed = e

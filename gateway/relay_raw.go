@@ -91,7 +91,7 @@ func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e u
 		if e != 0 && streamCalls.mean(e) == meansWait {
 			return f.got(from, 0, 0, e)
 		}
-		return c.hear(f, from, to, e)
+		return c.readControl(f, from, to, e)
 	}
 	from.tls.reader.Carried(total)
 	c.loop.counters.spliced.Add(uint64(total))
@@ -101,7 +101,7 @@ func (c *conn) spliceOpened(f *flow, from, to *socket, p *pipe, want, n int, e u
 	c.drainPipe(f, to)
 	f.adapt(total >= want)
 	if e != 0 && streamCalls.mean(e) != meansWait { // some are said only once
-		total += c.hear(f, from, to, e)
+		total += c.readControl(f, from, to, e)
 	}
 	return total
 }

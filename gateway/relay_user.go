@@ -56,7 +56,7 @@ func (c *conn) seal(f *flow, from, to *socket) int {
 	stride := pre + size + w.Suffix()
 	n, e := l.readSlots(from.fd, pre, size, stride, slots)
 	if e == unix.EIO && from.kernelOpens() || unopenable(e) && from.kernelOpens() {
-		return c.hear(f, from, to, e)
+		return c.readControl(f, from, to, e)
 	}
 	n = f.got(from, n, slots*size, e)
 	if n == 0 {
@@ -224,7 +224,7 @@ func offsetIn(b, data []byte) int {
 	return int(uintptr(unsafe.Pointer(&data[0])) - uintptr(unsafe.Pointer(&b[0])))
 }
 
-// nextData opens records of b until one has data, and heeds those before it. It returns how many bytes of b are done
+// nextData opens records of b until one has data, and handles those before it. It returns how many bytes of b are done
 // with, and no data when no whole record is left in it, or nothing after it counts.
 func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int) {
 	s := from.tls
@@ -247,7 +247,7 @@ func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int)
 			s.takeTicket(ticket, rec.Kind)
 		}
 		if rec.Kind != record.Data {
-			if c.heed(f, from, rec) {
+			if c.handleRecord(f, from, rec) {
 				return nil, len(b)
 			}
 		} else if len(rec.Data) > 0 {
@@ -306,8 +306,8 @@ func (f *flow) keepCarry(l *loop, rest []byte) {
 	f.carry = append(f.carry[:0], rest...)
 }
 
-// heed does what a record that is no data asks for. It says whether nothing after it counts any more.
-func (c *conn) heed(f *flow, from *socket, rec record.Record) bool {
+// handleRecord does what a record that is no data asks for. It says whether nothing after it counts any more.
+func (c *conn) handleRecord(f *flow, from *socket, rec record.Record) bool {
 	switch rec.Kind {
 	case record.CloseNotify:
 		f.ended, f.cutShort = true, false
