@@ -48,22 +48,22 @@ func (l *loop) noteMemory() {
 // is kept, reading the rest is what ends that.
 //
 //	recv(MSG_PEEK), ioctl(SIOCINQ), getsockopt(SO_RCVBUF)
-func (c *conn) wholeRecordCame(f *flow, from *socket) bool {
-	if !from.opens() || len(f.carry) > 0 || from.hup || from.failed != 0 {
+func (t transfer) wholeRecordCame() bool {
+	if t.from.kind() != userHalf || len(t.carry) > 0 || t.from.hup || t.from.failed != 0 {
 		return true
 	}
 	var header [5]byte
-	n, _, err := unix.Recvfrom(int(from.fd), header[:], unix.MSG_PEEK)
+	n, _, err := unix.Recvfrom(int(t.from.fd), header[:], unix.MSG_PEEK)
 	if n == 0 || err != nil {
 		return true // the read finds out what that is
 	}
 	if n < len(header) {
 		return false
 	}
-	came, err := unix.IoctlGetInt(int(from.fd), unix.SIOCINQ)
-	if err != nil || came >= from.tls.reader.Need(header[:]) {
+	came, err := unix.IoctlGetInt(int(t.from.fd), unix.SIOCINQ)
+	if err != nil || came >= t.from.tls.reader.Need(header[:]) {
 		return true
 	}
-	room, err := unix.GetsockoptInt(int(from.fd), unix.SOL_SOCKET, unix.SO_RCVBUF)
+	room, err := unix.GetsockoptInt(int(t.from.fd), unix.SOL_SOCKET, unix.SO_RCVBUF)
 	return err != nil || came >= room/4 // the rest has no room in the kernel either
 }

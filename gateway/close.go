@@ -23,7 +23,7 @@ const (
 
 // answerAndLinger says the last words to a client that gets nothing else.
 func (c *conn) answerAndLinger(words []byte) stage {
-	if c.write(&c.client, words); c.client.failed != 0 {
+	if c.downward().to.write(words); c.client.failed != 0 {
 		c.report.told = c.report.told && c.report.outcome != OK // what was to be answered well was not
 		return c.finish(c.lost(&c.client), "the answer could not be sent: "+c.client.failed.Error())
 	}
@@ -56,9 +56,9 @@ func (c *conn) culprit() *socket {
 // skim reads and forgets what a socket brings. It says whether the peer may still send more.
 func (c *conn) skim(s *socket) bool {
 	for s.readable && c.skimmed <= lastWordsBytes {
-		n, e := c.skimOnce(s)
+		n, e := readingHalf{s}.skim(c.loop.scratch)
 		switch {
-		case e != 0 && streamCalls.mean(e) == meansWait, s.kernelOpens() && unopenable(e):
+		case e != 0 && streamCalls.mean(e) == meansWait, readingHalf{s}.kind() == kernelHalf && unopenable(e):
 			s.readable = false
 		case e != 0:
 			s.failed = e
@@ -73,11 +73,12 @@ func (c *conn) skim(s *socket) bool {
 	return true
 }
 
-func (c *conn) skimOnce(s *socket) (int, unix.Errno) {
-	if !s.kernelOpens() {
-		return sysRead(s.fd, c.loop.scratch)
+// skim reads into room what nobody wants. It returns 0 at the end of the stream alone.
+func (r readingHalf) skim(room []byte) (int, unix.Errno) {
+	if r.kind() != kernelHalf {
+		return sysRead(r.fd, room)
 	}
-	n, typ, e := ktls.Receive(s.fd, c.loop.scratch) // read(2) stops at what is no data
+	n, typ, e := ktls.Receive(r.fd, room) // read(2) stops at what is no data
 	if e == 0 && n == 0 && typ != 0 {
 		n = 1 // an empty record is not the end
 	}
@@ -112,7 +113,7 @@ func (c *conn) startReset(o Outcome, why string) stage {
 
 // resetWhenDelivered waits for as long as something moves, and for the linger timeout when nothing does.
 func (c *conn) resetWhenDelivered() stage {
-	up, down := c.deliver(&c.up, &c.backend), c.deliver(&c.down, &c.client)
+	up, down := c.upward().deliver(), c.downward().deliver()
 	culprit := c.culprit()
 	switch {
 	case !c.lastWords && up == 0, c.lastWords && culprit == &c.client && up == 0:
@@ -151,24 +152,24 @@ func (c *conn) resetWhenDelivered() stage {
 
 // deliver writes what the flow still has, and says how many bytes its destination has not acknowledged. Behind last
 // words the stream ends in order.
-func (c *conn) deliver(f *flow, to *socket) int {
-	if to.fd < 0 || to.failed != 0 || f.stuck() && !c.flush(f, to) && to.failed != 0 {
+func (t transfer) deliver() int {
+	if t.to.fd < 0 || t.to.failed != 0 || t.stuck() && !t.flush() && t.to.failed != 0 {
 		return 0
 	}
-	if f.stuck() {
-		return len(f.out) + f.inPipe + unsent(to.fd)
+	if t.stuck() {
+		return len(t.out) + t.inPipe + unsent(t.to.fd)
 	}
-	held := f.held(to)
-	if c.lastWords && (f == &c.up) == c.report.byBackend && !f.closed && c.lastSaid(f, to) && held == 0 {
-		f.closed = true
-		sysShutdown(to.fd, unix.SHUT_WR)
+	held := t.held()
+	if t.c.lastWords && t.isUp() == t.c.report.byBackend && !t.closed && t.lastSaid() && held == 0 {
+		t.closed = true
+		sysShutdown(t.to.fd, unix.SHUT_WR)
 	}
-	return held + unsent(to.fd)
+	return held + unsent(t.to.fd)
 }
 
 // lastSaid says whether the alert that ends the connection, if there's one, is on its way.
-func (c *conn) lastSaid(f *flow, to *socket) bool {
-	return c.report.alertSent <= 0 || to.tls == nil || c.say(f, to, record.Alert(c.report.alertSent))
+func (t transfer) lastSaid() bool {
+	return t.c.report.alertSent <= 0 || t.to.tls == nil || t.say(record.Alert(t.c.report.alertSent))
 }
 
 // lost is how a connection ends one of whose sockets is lost.

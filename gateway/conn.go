@@ -7,7 +7,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tlsnat/tlsnat/gateway/record"
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/sni"
 )
@@ -51,61 +50,6 @@ type conn struct {
 	route   *route
 	server  *server // that is being connected to, or is; nil for the demo, too
 	report  report
-}
-
-// socket is one of a conn's two sockets. What epoll said is remembered until a system call says otherwise.
-type socket struct {
-	owner    owner
-	fd       int32  // -1: none
-	gen      uint32 // tells its events from those of an earlier owner of the same slot; 0: it is not watched
-	slot     uint32 // in the loop's table
-	readable bool
-	writable bool
-	hup      bool       // the peer ended its stream: a short read does not mean "drained", the FIN is still to be read
-	exact    bool       // urgent data was seen, which cuts reads short: only EAGAIN means "drained"
-	failed   unix.Errno // the peer reset it, or it timed out; sticky, since the kernel says so only once
-	tls      *session   // nil: the stream is carried as it is
-}
-
-// session is what is left of TLS once the handshake is done: the reading half and the writing half. What the kernel
-// carries they do not open or seal any more; they count, judge and make the next keys.
-type session struct {
-	reader record.Reader
-	writer record.Writer
-	asked  bool    // for new keys by the peer, and not answered yet
-	rx, tx carrier // who opens and who seals
-	debt   int64   // what Sent says is more by this than the flow's bytes and the kernel's records make (held)
-
-	tickets *encrypter // of a fresh connection to a backend: takes the tickets that come before data
-}
-
-// owner is whom a loop tells that a socket has news.
-type owner interface {
-	ready(s *socket, events uint32)
-}
-
-// flow is one direction of a conn: bytes read from one socket, written to the other. While nothing is stuck it owns
-// nothing; memory and pipes are the loop's and are lent while a destination is full.
-type flow struct {
-	out    []byte // for the destination, which would not take it; a piece of lent
-	lent   []byte
-	carry  []byte // ciphertext of half a record, or of records there was no turn left for
-	pipe   *pipe  // holds inPipe bytes for the destination, which would not take them
-	inPipe int
-
-	batch    uint8 // how many records' worth of bytes the next read asks for, less one
-	small    uint8 // how many small records the next bytes are cut into before full ones (see relay_user.go)
-	splice   bool  // the flow streams: bytes go through a pipe
-	ended    bool  // the source's stream is over: FIN, or close_notify
-	reset    bool  // the source's stream was cut: RST
-	cutShort bool  // the source spoke TLS and ended its stream without a close_notify
-	notified bool  // a close_notify was sent to the destination
-	closed   bool  // the end was passed on to the destination
-	pause    pause // for its bandwidth (pacer.go)
-	run      int32 // bytes carried since the source was drained last (splice), or was quiet (see streamed)
-	at       int64 // when the flow moved last, in loop nanoseconds
-	moved    int64 // bytes, as the application counts them
-	paid     int64 // the time up to which they are paid for, where there is a bandwidth
 }
 
 // stage is what a conn waits for, and which verb goes on when there is news.
@@ -166,7 +110,7 @@ func (c *conn) ready(s *socket, events uint32) {
 	}
 	s.exact = s.exact || events&unix.EPOLLPRI != 0
 	if events&unix.EPOLLERR != 0 && s.failed == 0 && (s == &c.client || c.stage != connecting) {
-		c.takeSocketError(s)
+		c.transferFrom(s).takeSocketError()
 	}
 	if c.stage == relaying && max(c.up.batch, c.down.batch) >= streaming {
 		c.loop.putOff(c)
@@ -233,15 +177,4 @@ func (c *conn) stopSearch() {
 		c.dial = nil
 	}
 	c.leave()
-}
-
-// release gives back what the loop lent.
-func (f *flow) release(l *loop) {
-	l.giveBack(f.lent)
-	l.giveBack(f.carry)
-	if f.pipe != nil {
-		l.lent.piped -= f.inPipe
-		l.pipes.drop(f.pipe)
-	}
-	f.out, f.lent, f.carry, f.pipe, f.inPipe = nil, nil, nil, nil, 0
 }

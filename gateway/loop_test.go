@@ -125,7 +125,7 @@ func TestKeysAreRenewedInTime(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.backend.readable = true
-		c.pump(&c.down, &c.backend, &c.client)
+		c.downward().pump()
 		var got []byte
 		for b := available(client); len(b) > 0; {
 			rec, n, err := reader.Next(b)

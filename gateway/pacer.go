@@ -40,24 +40,24 @@ const (
 // moveAtPace is move for a rule with a bandwidth: as much as there is room for, and when there's none the pacer goes on
 // later. It returns -1 then. What is read is counted, so that records, pipes and copies count alike; a piece that is
 // larger than the room (a record opens only whole) is paid for by waiting longer.
-func (c *conn) moveAtPace(f *flow, from, to *socket) int {
-	if f.pause == waiting {
+func (t transfer) moveAtPace() int {
+	if t.pause == waiting {
 		return -1
 	}
-	l, pace := c.loop, c.route.pace
-	room := pace.Room(&f.paid, l.now, f.pause == woken)
+	l, pace := t.c.loop, t.c.route.pace
+	room := pace.Room(&t.paid, l.now, t.pause == woken)
 	if room == 0 {
-		f.pause = waiting
+		t.pause = waiting
 		l.counters.paused.Add(1)
-		l.pacer.add(paused{c, f}, pace.Due(f.paid))
+		l.pacer.add(paused{t.c, t.flow}, pace.Due(t.paid))
 		return -1
 	}
-	before := f.moved
+	before := t.moved
 	l.most = min(l.most, room)
-	n := c.move(f, from, to)
-	pace.Spend(&f.paid, int(f.moved-before))
-	if !from.readable {
-		f.pause = noPause
+	n := t.move()
+	pace.Spend(&t.paid, int(t.moved-before))
+	if !t.from.readable {
+		t.pause = noPause
 	}
 	return n
 }

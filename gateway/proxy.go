@@ -289,7 +289,7 @@ func (c *conn) greet() stage {
 	} else if err := c.sayFirst(); err != nil {
 		return c.unannounced(err)
 	}
-	c.carried(&c.up, len(c.pending))
+	c.upward().carried(len(c.pending))
 	c.pending = nil
 	if c.cancels {
 		return c.startCancel()

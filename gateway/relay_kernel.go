@@ -21,24 +21,6 @@ import (
 // every response stays below, and of what goes on behind it the tenth is no matter.
 var kernelWorth int32 = 1 << 20
 
-// carrier is who opens what a socket brings, or seals what is sent to it.
-type carrier uint8
-
-const (
-	inUser   carrier = iota // we do; and the kernel may when the flow streams
-	landing                 // we do, reading to the end of a record and no further: there the kernel goes on
-	stays                   // we do for good
-	inKernel                // the kernel does for good: there is no way back
-)
-
-// opens says whether what is read from s has to be opened here, seals whether what is sent to it has to be sealed here.
-func (s *socket) opens() bool { return s.tls != nil && s.tls.rx != inKernel }
-func (s *socket) seals() bool { return s.tls != nil && s.tls.tx != inKernel }
-
-// kernelOpens and kernelSeals are the same of the kernel.
-func (s *socket) kernelOpens() bool { return s.tls != nil && s.tls.rx == inKernel }
-func (s *socket) kernelSeals() bool { return s.tls != nil && s.tls.tx == inKernel }
-
 // probeKernel tries the kernel once for the process.
 var probeKernel = sync.OnceValue(ktls.Probe)
 
@@ -72,51 +54,52 @@ func (f *flow) streamed(n int) {
 
 // considerKernel gives to the kernel what it carries cheaper than we do: for a flow that streams what its destination
 // is sealed with, and what its source is opened with. It only pays if in the end no byte comes to user space.
-func (c *conn) considerKernel(f *flow, from, to *socket) {
-	if c.route.kernel == nil {
-		f.run = 0
+func (t transfer) considerKernel() {
+	if t.c.route.kernel == nil {
+		t.run = 0
 		return
 	}
-	if from.opens() && !c.mayOpen(from) {
-		f.run = 0
+	if t.from.kind() == userHalf && !t.mayOpen() {
+		t.run = 0
 		return
 	}
-	if to.seals() && !c.sealInKernel(f, to) {
+	if t.to.kind() == userHalf && !t.sealInKernel() {
 		return
 	}
-	if !from.opens() {
-		f.run, f.splice = 0, true
+	if t.from.kind() != userHalf {
+		t.run, t.splice = 0, true
 		return
 	}
-	if from.tls.rx = landing; len(f.carry) == 0 {
-		c.openInKernel(f, from)
+	if t.from.tls.rx = landing; len(t.carry) == 0 {
+		t.openInKernel()
 	}
 }
 
-// mayOpen says whether the kernel may open what s brings. In TLS 1.3 the peer may change its keys at any time (RFC 8446,
+// mayOpen says whether the kernel may open what the source brings. In TLS 1.3 the peer may change its keys at any time (RFC 8446,
 // section 4.6.3), which only Linux 6.14 and newer can follow; and what they can't open can't be had back.
-func (c *conn) mayOpen(s *socket) bool {
-	k, suite := c.route.kernel, s.tls.reader.Suite()
+func (t transfer) mayOpen() bool {
+	s, k := t.from.tls, t.c.route.kernel
+	suite := s.reader.Suite()
 	err := k.RX(suite)
 	switch {
-	case s.tls.rx == stays:
+	case s.rx == stays:
 		return false
-	case s.tls.rx == landing:
+	case s.rx == landing:
 		return true
 	case err != nil:
-		return c.keepHere(&s.tls.rx, whyNot(err))
-	case s.tls.reader.TLS13() && !k.Rekey:
-		return c.keepHere(&s.tls.rx, noRekey)
-	case !c.route.kernelRX:
-		return c.keepHere(&s.tls.rx, oldKernel)
+		return t.keepHere(&s.rx, whyNot(err))
+	case s.reader.TLS13() && !k.Rekey:
+		return t.keepHere(&s.rx, noRekey)
+	case !t.c.route.kernelRX:
+		return t.keepHere(&s.rx, oldKernel)
 	}
 	return true
 }
 
 // keepHere leaves a half with us, and counts why.
-func (c *conn) keepHere(half *carrier, why hindrance) bool {
+func (t transfer) keepHere(half *carrier, why hindrance) bool {
 	*half = stays
-	c.loop.counters.fallbacks[why].Add(1)
+	t.c.loop.counters.fallbacks[why].Add(1)
 	return false
 }
 
@@ -135,7 +118,7 @@ func whyNot(err error) hindrance {
 
 // attach puts the kernel's TLS on the socket, unless the other direction has done so.
 func (s *socket) attach() error {
-	if s.kernelOpens() || s.kernelSeals() {
+	if s.tls.rx == inKernel || s.tls.tx == inKernel {
 		return nil
 	}
 	if err := ktls.Attach(s.fd); err != nil && err != unix.EEXIST {
@@ -147,61 +130,61 @@ func (s *socket) attach() error {
 // sealInKernel hands the writing half over, at a moment when nothing is stuck. It says whether the kernel has it.
 //
 //	setsockopt(TCP_ULP), getsockopt(TCP_INFO), ioctl(SIOCOUTQ), setsockopt(TLS_TX)
-func (c *conn) sealInKernel(f *flow, to *socket) bool {
-	s := to.tls
+func (t transfer) sealInKernel() bool {
+	s := t.to.tls
 	if s.tx == stays {
-		f.run = 0
+		t.run = 0
 		return false
 	}
 	if s.asked || s.writer.UpdateDue() {
 		return false // the next record is a KeyUpdate
 	}
-	err := c.route.kernel.TX(s.writer.Suite())
+	err := t.c.route.kernel.TX(s.writer.Suite())
 	if err == nil {
-		err = to.attach()
+		err = t.to.attach()
 	}
 	var sent uint64
 	if err == nil {
-		sent, err = ktls.Sent(to.fd)
+		sent, err = ktls.Sent(t.to.fd)
 	}
 	k, seq := s.writer.Export()
 	defer k.Wipe()
 	if err == nil {
-		err = ktls.SetTX(to.fd, &k, seq)
+		err = ktls.SetTX(t.to.fd, &k, seq)
 	}
 	if err != nil {
-		f.run = 0
-		return c.keepHere(&s.tx, whyNot(err))
+		t.run = 0
+		return t.keepHere(&s.tx, whyNot(err))
 	}
-	s.debt = int64(sent) - f.moved - int64(seq)*int64(ktls.Overhead(k.Suite()))
+	s.debt = int64(sent) - t.moved - int64(seq)*int64(ktls.Overhead(k.Suite()))
 	s.writer.Follow()
 	s.tx = inKernel
-	c.report.inKernel++
-	c.loop.counters.kernelTX.Add(1)
+	t.c.report.inKernel++
+	t.c.loop.counters.kernelTX.Add(1)
 	return true
 }
 
 // openInKernel hands the reading half over, at the end of a record: what the socket has is the beginning of the next.
-func (c *conn) openInKernel(f *flow, from *socket) {
-	s := from.tls
-	f.run = 0
+func (t transfer) openInKernel() {
+	s := t.from.tls
+	t.run = 0
 	k, seq := s.reader.Export()
 	defer k.Wipe()
-	err := from.attach()
+	err := t.from.attach()
 	if err == nil {
-		err = ktls.SetRX(from.fd, &k, seq)
+		err = ktls.SetRX(t.from.fd, &k, seq)
 	}
 	if err != nil {
-		c.keepHere(&s.rx, whyNot(err))
+		t.keepHere(&s.rx, whyNot(err))
 		return
 	}
 	s.reader.Follow()
 	s.rx, s.tickets = inKernel, nil
 	// The kernel hands out one record a call, so that a short read does not mean "drained".
-	from.exact, from.readable = true, true
-	f.splice = true
-	c.report.inKernel++
-	c.loop.counters.kernelRX.Add(1)
+	t.from.exact, t.from.readable = true, true
+	t.splice = true
+	t.c.report.inKernel++
+	t.c.loop.counters.kernelRX.Add(1)
 }
 
 // readControl finds out what it is that the kernel opened and could not splice, or read, as data: said is the error, or 0 for
@@ -213,120 +196,117 @@ func (c *conn) openInKernel(f *flow, from *socket) {
 //	other    a record that does not open, or is too long; or the end of the connection
 //
 // It returns how many bytes of data it carried.
-func (c *conn) readControl(f *flow, from, to *socket, said unix.Errno) int {
+func (t transfer) readControl(said unix.Errno) int {
 	if said != 0 && said != unix.EINVAL && said != unix.EIO {
-		c.unopened(f, from, said)
+		t.unopened(said)
 		return 0
 	}
-	if said == 0 {
-		if !from.ended() {
-			c.judgeRecord(f, from, record.TypeData, nil) // recvmsg would go on behind it, however many there are
-			return 0
-		}
+	if said == 0 && !t.from.ended() {
+		t.judgeRecord(record.TypeData, nil) // recvmsg would go on behind it, however many there are
+		return 0
 	}
 	before := 0
-	if to.seals() {
-		before = to.tls.writer.Prefix()
+	if t.to.kind() == userHalf {
+		before = t.to.tls.writer.Prefix()
 	}
-	buf := c.loop.scratch[before : before+maxPlain]
-	n, typ, e := ktls.Receive(from.fd, buf)
+	buf := t.c.loop.scratch[before : before+maxPlain]
+	n, typ, e := ktls.Receive(t.from.fd, buf)
 	switch {
 	case e == unix.EAGAIN && said == 0:
-		f.drained(from)
+		t.drained()
 		return 0
 	case e == unix.EAGAIN:
-		c.unopened(f, from, unix.EINVAL)
+		t.unopened(unix.EINVAL)
 		return 0
 	}
-	return c.received(f, from, to, buf, n, typ, e)
+	return t.received(buf, n, typ, e)
 }
 
 // received does what a record asks for that the kernel has brought into buf: n bytes of a type, or e. It returns how many
 // bytes of data it carried.
-func (c *conn) received(f *flow, from, to *socket, buf []byte, n int, typ byte, e unix.Errno) int {
-	r := &from.tls.reader
+func (t transfer) received(buf []byte, n int, typ byte, e unix.Errno) int {
+	r := &t.from.tls.reader
 	switch {
 	case e != 0:
-		c.unopened(f, from, e)
+		t.unopened(e)
 	case n == 0 && typ == 0:
-		c.streamEnded(f, from, to)
+		t.openedEnd()
 	case typ == record.TypeData && n > 0:
 		r.Carried(n)
-		c.carried(f, n)
-		if to.seals() {
-			c.send(f, to, c.loop.scratch[:to.tls.writer.Seal(c.loop.scratch, n)])
+		t.carried(n)
+		if t.to.kind() == userHalf {
+			t.send(t.c.loop.scratch[:t.to.tls.writer.Seal(t.c.loop.scratch, n)])
 		} else {
-			c.send(f, to, buf[:n])
+			t.send(buf[:n])
 		}
 		return n
 	default:
-		c.judgeRecord(f, from, typ, buf[:n])
+		t.judgeRecord(typ, buf[:n])
 	}
 	return 0
 }
 
 // ended says whether the peer's FIN has come, seen as an event yet or not.
-func (s *socket) ended() bool {
-	if s.hup {
+func (r readingHalf) ended() bool {
+	if r.hup {
 		return true
 	}
-	p := [1]unix.PollFd{{Fd: s.fd, Events: unix.POLLRDHUP}}
+	p := [1]unix.PollFd{{Fd: r.fd, Events: unix.POLLRDHUP}}
 	n, _ := unix.Poll(p[:], 0)
 	return n > 0
 }
 
 // judgeRecord does what a record asks for that the kernel has opened and that is no data.
-func (c *conn) judgeRecord(f *flow, from *socket, typ byte, p []byte) {
-	rec, err := from.tls.reader.Judge(typ, p)
+func (t transfer) judgeRecord(typ byte, p []byte) {
+	rec, err := t.from.tls.reader.Judge(typ, p)
 	switch {
 	case err != nil:
-		f.ended, from.readable = true, false
-		c.violation(from, err)
+		t.ended, t.from.readable = true, false
+		t.violation(err)
 		return
 	case rec.Kind == record.KeyUpdate || rec.Kind == record.KeyUpdateRequested:
-		if !c.openWithNewKeys(f, from) {
+		if !t.openWithNewKeys() {
 			return
 		}
 	}
-	c.handleRecord(f, from, rec)
+	t.handleRecord(rec)
 }
 
-// answerUpdates gives one answer for all the KeyUpdates of a turn that ask for one: the kernel brings them one by one.
-func (c *conn) answerUpdates() {
-	for _, s := range [...]*socket{&c.client, &c.backend} {
-		if s.kernelOpens() && s.tls.asked && !c.report.told && s.failed == 0 {
-			c.renewKeys(c.flowTo(s), s)
-		}
+// answerUpdate gives the destination one answer for all its KeyUpdates of a turn that ask for one: the kernel brings them
+// one by one.
+func (t transfer) answerUpdate() {
+	if t.back().from.kind() == kernelHalf && t.to.tls.asked && !t.c.report.told && t.to.failed == 0 {
+		t.renewKeys()
 	}
 }
 
 // openWithNewKeys follows the peer's KeyUpdate. Where the kernel can't, nothing behind it can be opened any more: the
 // peer gets an alert, and the other side a reset, so that it does not take what it has for the whole.
-func (c *conn) openWithNewKeys(f *flow, from *socket) bool {
-	r := &from.tls.reader
+func (t transfer) openWithNewKeys() bool {
+	r := &t.from.tls.reader
 	k, seq := r.Export()
 	defer k.Wipe()
 	r.Follow()
-	if err := ktls.SetRX(from.fd, &k, seq); err != nil {
-		f.ended, from.readable = true, false
-		c.stuckWithKeys(from, "new keys, which the kernel can't open with: "+err.Error())
+	if err := ktls.SetRX(t.from.fd, &k, seq); err != nil {
+		t.ended, t.from.readable = true, false
+		t.back().stuckWithKeys("new keys, which the kernel can't open with: " + err.Error())
 		return false
 	}
 	return true
 }
 
 // renewInKernel goes over to the next keys for what is sent, where the kernel can.
-func (c *conn) renewInKernel(f *flow, to *socket) {
-	s := to.tls
-	if !c.route.kernel.Rekey || f.notified {
+func (t transfer) renewInKernel() {
+	s := t.to.tls
+	if !t.c.route.kernel.Rekey || t.notified {
 		return
 	}
 	suite := s.writer.Suite()
-	if e := ktls.Send(to.fd, record.TypeHandshake, keyUpdate); e != 0 {
-		to.wrote(0, len(keyUpdate), e)
+	if e := ktls.Send(t.to.fd, record.TypeHandshake, keyUpdate); e != 0 {
+		t.to.wrote(0, len(keyUpdate), e)
 		return
 	}
-	next, err := ktls.NextTX(to.fd, suite)
+	next, err := ktls.NextTX(t.to.fd, suite)
 	s.debt += int64(len(keyUpdate)) + int64(next)*int64(ktls.Overhead(suite))
 	s.asked = false
 	s.writer.Update()
@@ -334,10 +314,10 @@ func (c *conn) renewInKernel(f *flow, to *socket) {
 	defer k.Wipe()
 	s.writer.Follow()
 	if err == nil {
-		err = ktls.SetTX(to.fd, &k, seq)
+		err = ktls.SetTX(t.to.fd, &k, seq)
 	}
 	if err != nil {
-		c.stuckWithKeys(to, "the kernel does not take new keys: "+err.Error())
+		t.stuckWithKeys("the kernel does not take new keys: " + err.Error())
 	}
 }
 
@@ -347,33 +327,33 @@ var keyUpdate = []byte{24, 0, 0, 1, 0}
 // keysServe says whether more may be sent to a socket that the kernel seals for. If not, room or the end is near: where
 // the kernel can't renew its keys a connection goes on with the old ones while that's no breach, until there is data for
 // a peer that wants an answer before (RFC 8446, section 4.6.3), or the keys are used up (section 5.5).
-func (c *conn) keysServe(f *flow, from, to *socket) bool {
-	s := to.tls
+func (t transfer) keysServe() bool {
+	s := t.to.tls
 	if !s.asked && !s.writer.UpdateDue() {
 		return true
 	}
-	if c.route.kernel.Rekey {
-		c.renewKeys(f, to)
-		return !c.report.told && to.failed == 0 && !s.asked
+	if t.c.route.kernel.Rekey {
+		t.renewKeys()
+		return !t.c.report.told && t.to.failed == 0 && !s.asked
 	}
-	switch waits, _ := unix.IoctlGetInt(int(from.fd), unix.SIOCINQ); {
+	switch waits, _ := unix.IoctlGetInt(int(t.from.fd), unix.SIOCINQ); {
 	case s.asked && waits > 0:
-		c.stuckWithKeys(to, "the peer asks for new keys, which the kernel can't change to (Linux 6.14 could); ktls=off serves such peers")
+		t.stuckWithKeys("the peer asks for new keys, which the kernel can't change to (Linux 6.14 could); ktls=off serves such peers")
 	case s.writer.UsedUp():
-		c.stuckWithKeys(to, "the keys are used up, and the kernel can't change them (Linux 6.14 could); ktls=off serves such streams")
+		t.stuckWithKeys("the keys are used up, and the kernel can't change them (Linux 6.14 could); ktls=off serves such streams")
 	}
-	return !c.report.told
+	return !t.c.report.told
 }
 
-// stuckWithKeys ends a connection whose keys have to change and can't.
-func (c *conn) stuckWithKeys(s *socket, why string) {
-	if c.report.told {
+// stuckWithKeys ends a connection whose keys with the destination have to change and can't.
+func (t transfer) stuckWithKeys(why string) {
+	if t.c.report.told {
 		return
 	}
-	c.tell(RekeyFailed, c.side(s)+": "+why)
-	c.report.byBackend = s == &c.backend
-	c.report.alertSent = int16(record.AlertInternalError)
-	c.say(c.flowTo(s), s, record.AlertInternalError)
+	t.c.tell(RekeyFailed, t.c.side(t.to.socket)+": "+why)
+	t.c.report.byBackend = t.isUp()
+	t.c.report.alertSent = int16(record.AlertInternalError)
+	t.say(record.AlertInternalError)
 }
 
 // unopenable are the errors of a record that the kernel could not open. They are also left on the socket, where
@@ -383,13 +363,13 @@ func unopenable(e unix.Errno) bool {
 }
 
 // unopened ends reading with the error that the kernel has: a breach of the record protocol, or the connection's end.
-func (c *conn) unopened(f *flow, from *socket, e unix.Errno) {
+func (t transfer) unopened(e unix.Errno) {
 	if !unopenable(e) {
-		f.got(from, -1, 0, e)
+		t.got(-1, 0, e)
 		return
 	}
-	_ = takeError(from.fd)
-	f.ended, from.readable = true, false
+	_ = takeError(t.from.fd)
+	t.ended, t.from.readable = true, false
 	alert, words := record.AlertBadRecordMAC, "it does not open: forged, damaged, or of other keys"
 	switch e {
 	case unix.EMSGSIZE:
@@ -397,119 +377,109 @@ func (c *conn) unopened(f *flow, from *socket, e unix.Errno) {
 	case unix.EINVAL:
 		alert, words = record.AlertProtocolVersion, "no record of TLS begins like this"
 	}
-	c.violation(from, from.tls.reader.Refuse(alert, words))
+	t.violation(t.from.tls.reader.Refuse(alert, words))
 }
 
-// streamEnded is a FIN. Bytes that the kernel has not made a record of are half of one.
-func (c *conn) streamEnded(f *flow, from, to *socket) {
-	rest, err := unix.IoctlGetInt(int(from.fd), unix.SIOCINQ)
-	f.got(from, 0, 0, 0)
-	f.cutShort = !f.reset
+// openedEnd is a FIN behind what the kernel opens. Bytes that the kernel has not made a record of are half of one.
+func (t transfer) openedEnd() {
+	rest, err := unix.IoctlGetInt(int(t.from.fd), unix.SIOCINQ)
+	t.sourceOver()
+	t.cutShort = !t.reset
 	switch {
 	case err == nil && rest > 0:
-		c.violation(from, from.tls.reader.Refuse(record.AlertDecodeError, "the stream ended inside a record"))
-	case c.doubts(from, to): // as in keepRest
-		f.reset = true
+		t.violation(t.from.tls.reader.Refuse(record.AlertDecodeError, "the stream ended inside a record"))
+	case t.doubts(): // as in keepRest
+		t.reset = true
 	}
 }
 
 // say sends a closing alert behind everything else, and says whether it is on its way.
-func (c *conn) say(f *flow, to *socket, a record.Alert) bool {
-	if f.notified {
+func (t transfer) say(a record.Alert) bool {
+	if t.notified {
 		return true
 	}
-	if !to.kernelSeals() {
-		c.send(f, to, to.tls.writer.AppendAlert(nil, a))
-		f.notified = true
+	if t.to.kind() != kernelHalf {
+		t.send(t.to.tls.writer.AppendAlert(nil, a))
+		t.notified = true
 		return true
 	}
-	if f.stuck() {
+	if t.stuck() {
 		return false
 	}
 	body := a.Body()
-	e := ktls.Send(to.fd, record.TypeAlert, body[:])
-	if to.kernelOpens() && unopenable(e) { // the error of what came meanwhile; it's said once
-		e = ktls.Send(to.fd, record.TypeAlert, body[:])
+	e := ktls.Send(t.to.fd, record.TypeAlert, body[:])
+	if t.back().from.kind() == kernelHalf && unopenable(e) { // the error of what came meanwhile; it's said once
+		e = ktls.Send(t.to.fd, record.TypeAlert, body[:])
 	}
 	if e != 0 {
-		to.wrote(0, len(body), e)
+		t.to.wrote(0, len(body), e)
 		return false
 	}
-	to.tls.debt += int64(len(body))
-	f.notified = true
+	t.to.tls.debt += int64(len(body))
+	t.notified = true
 	return true
 }
 
 // held is how many bytes of a flow, on which nothing is stuck, the kernel has taken and TCP has not got yet. They would
 // be lost with the end of the stream, which TCP alone hears of.
-func (f *flow) held(to *socket) int {
-	if !to.kernelSeals() || f.closed || to.failed != 0 {
+func (t transfer) held() int {
+	if t.to.kind() != kernelHalf || t.closed || t.to.failed != 0 {
 		return 0
 	}
-	suite := to.tls.writer.Suite()
-	next, err := ktls.NextTX(to.fd, suite)
+	suite := t.to.tls.writer.Suite()
+	next, err := ktls.NextTX(t.to.fd, suite)
 	if err != nil {
 		return 0
 	}
-	sent, err := ktls.Sent(to.fd)
+	sent, err := ktls.Sent(t.to.fd)
 	if err != nil {
 		return 0
 	}
-	return max(0, int(to.tls.debt+f.moved+int64(next)*int64(ktls.Overhead(suite))-int64(sent)))
+	return max(0, int(t.to.tls.debt+t.moved+int64(next)*int64(ktls.Overhead(suite))-int64(sent)))
 }
 
 // settling says whether the end waits for what the kernel holds, or for a peer to have everything, which no event tells
 // of.
 func (c *conn) settling() bool {
-	return c.up.ending(&c.backend) || c.down.ending(&c.client) || c.up.closed && c.down.closed
+	return c.upward().ending() || c.downward().ending() || c.up.closed && c.down.closed
 }
 
-// clogged says whether closing s would take away what the peer has not acknowledged yet: unread bytes are answered with
+// clogged says whether closing the socket would take away what the peer has not acknowledged yet: unread bytes are answered with
 // a reset, and behind its close_notify a peer may have sent what the kernel can't open, and so can't be read.
-func (s *socket) clogged() bool {
-	if !s.kernelOpens() || s.failed != 0 {
+func (r readingHalf) clogged() bool {
+	if r.kind() != kernelHalf || r.failed != 0 {
 		return false
 	}
-	unread, err := unix.IoctlGetInt(int(s.fd), unix.SIOCINQ)
-	return err == nil && unread > 0 && unsent(s.fd) > 0
+	unread, err := unix.IoctlGetInt(int(r.fd), unix.SIOCINQ)
+	return err == nil && unread > 0 && unsent(r.fd) > 0
 }
 
-func (f *flow) ending(to *socket) bool {
-	return (f.notified || f.ended && f.cutShort) && !f.closed && !f.stuck() && to.kernelSeals() && to.failed == 0
+func (t transfer) ending() bool {
+	return (t.notified || t.ended && t.cutShort) && !t.closed && !t.stuck() && t.to.kind() == kernelHalf && t.to.failed == 0
 }
 
-// clearDecryptError clears the failure of s if a write merely reported a record that could not be opened: the connection
-// itself is fine.
-func (c *conn) clearDecryptError(s *socket) {
-	if s.failed == 0 || !s.kernelOpens() || !unopenable(s.failed) {
+// clearDecryptError clears the failure of the source if a write merely reported a record that could not be opened: the
+// connection itself is fine.
+func (t transfer) clearDecryptError() {
+	e := t.from.failed
+	if e == 0 || t.from.kind() != kernelHalf || !unopenable(e) {
 		return
 	}
-	e := s.failed
-	s.failed = 0
-	if f := c.flowFrom(s); !f.ended {
-		c.unopened(f, s, e)
+	t.from.failed = 0
+	if !t.ended {
+		t.unopened(e)
 	}
 }
 
-// flowTo is the direction that ends at s, flowFrom the one that begins there.
-func (c *conn) flowTo(s *socket) *flow {
-	if s == &c.client {
-		return &c.down
-	}
-	return &c.up
-}
-
-func (c *conn) flowFrom(s *socket) *flow { return c.other(c.flowTo(s)) }
-
-// takeSocketError takes the pending error of s (SO_ERROR). If it only says that a record did not open, the connection
-// has not failed.
-func (c *conn) takeSocketError(s *socket) {
-	e := takeError(s.fd) // 0 when a system call has taken it already
-	if !s.kernelOpens() || !unopenable(e) {
-		s.failed = e
+// takeSocketError takes the pending error of the source's socket (SO_ERROR). If it only says that a record did not open,
+// the connection has not failed.
+func (t transfer) takeSocketError() {
+	e := takeError(t.from.fd) // 0 when a system call has taken it already
+	if t.from.kind() != kernelHalf || !unopenable(e) {
+		t.from.failed = e
 		return
 	}
-	if f := c.flowFrom(s); c.stage == relaying && !f.ended {
-		c.unopened(f, s, e)
+	if t.c.stage == relaying && !t.ended {
+		t.unopened(e)
 	}
 }

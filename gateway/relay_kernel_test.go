@@ -127,10 +127,10 @@ func (r *rehearsal) speak(t *testing.T, suite uint16, as spoken, s *socket, p *p
 	s.tls.rx, s.tls.tx = stays, stays
 	if as.tx == inKernel {
 		s.tls.tx = inUser
-		r.c.sealInKernel(r.c.flowTo(s), s)
+		r.c.transferFrom(s).back().sealInKernel()
 	}
 	if as.rx == inKernel {
-		r.c.openInKernel(r.c.flowFrom(s), s)
+		r.c.transferFrom(s).openInKernel()
 	}
 	if s.tls.rx != as.rx || s.tls.tx != as.tx {
 		t.Fatalf("%s became %s", as, spoken{true, s.tls.rx, s.tls.tx})

@@ -45,36 +45,35 @@ const (
 // seal carries bytes from a plain source to a destination that speaks TLS:
 //
 //	readv(source -> slots with room for header and tag), seal in place, write(all records)
-func (c *conn) seal(f *flow, from, to *socket) int {
-	l, w := c.loop, &to.tls.writer
-	c.renewKeys(f, to)
-	size, slots := f.recordSize(l.now)
+func (t transfer) seal() int {
+	l, w := t.c.loop, &t.to.tls.writer
+	t.renewKeys()
+	size, slots := t.recordSize(l.now)
 	if l.most < size*slots {
 		size, slots = min(size, l.most), max(1, l.most/size)
 	}
 	pre := w.Prefix()
 	stride := pre + size + w.Suffix()
-	n, e := l.readSlots(from.fd, pre, size, stride, slots)
-	if e == unix.EIO && from.kernelOpens() || unopenable(e) && from.kernelOpens() {
-		return c.readControl(f, from, to, e)
+	n, e := l.readSlots(t.from.fd, pre, size, stride, slots)
+	if t.from.event(n, e) == controlCame {
+		return t.readControl(e)
 	}
-	n = f.got(from, n, slots*size, e)
-	if n == 0 {
+	if n = t.got(n, slots*size, e); n == 0 {
 		return 0
 	}
 	end := 0
 	for left := n; left > 0; left -= size {
 		end += w.Seal(l.scratch[end:], min(left, size))
 	}
-	c.carried(f, n)
-	f.at = l.now
-	if f.small > 0 {
-		f.small -= uint8(min((n+size-1)/size, int(f.small)))
+	t.carried(n)
+	t.at = l.now
+	if t.small > 0 {
+		t.small -= uint8(min((n+size-1)/size, int(t.small)))
 	}
-	c.send(f, to, l.scratch[:end])
+	t.send(l.scratch[:end])
 	if size == maxPlain {
-		f.adapt(n == slots*size)
-		f.streamed(n)
+		t.adapt(n == slots*size)
+		t.streamed(n)
 	}
 	return n
 }
@@ -119,84 +118,84 @@ func (l *loop) readSlots(fd int32, pre, size, stride, slots int) (int, unix.Errn
 //	read(source -> as many records as are there), open in place, writev(their data)
 //
 // Half a record at the end stays with the flow.
-func (c *conn) open(f *flow, from, to *socket) int {
-	b, filled := c.readRecords(f, from, c.loop.scratch)
-	used := c.openAll(f, from, to, b)
-	c.keepRest(f, from, to, b[used:])
-	f.adapt(filled && c.loop.work < turnRecords*recordCost)
+func (t transfer) open() int {
+	b, filled := t.readRecords(t.c.loop.scratch)
+	used := t.openAll(b)
+	t.keepRest(b[used:])
+	t.adapt(filled && t.c.loop.work < turnRecords*recordCost)
 	return used
 }
 
 // readRecords reads into room, behind what was left of the records before. It says whether as much came as was asked
 // for. An end that comes now is one without a close_notify, unless that is among the records.
-func (c *conn) readRecords(f *flow, from *socket, room []byte) (b []byte, filled bool) {
-	if c.loop.now-f.at > freshAfter && from.tls.rx != landing {
-		f.run = 0
+func (t transfer) readRecords(room []byte) (b []byte, filled bool) {
+	if t.c.loop.now-t.at > freshAfter && t.from.tls.rx != landing {
+		t.run = 0
 	}
-	f.at = c.loop.now
-	have := copy(room, f.carry)
+	t.at = t.c.loop.now
+	have := copy(room, t.carry)
 	n, want := 0, 0
-	if !c.wholeRecordWaits(f, from) { // so an end is heard of only when every record before it was opened
-		want = c.wanted(f, from, len(room)-have)
+	if !t.wholeRecordWaits() { // so an end is heard of only when every record before it was opened
+		want = t.wanted(len(room) - have)
 	}
-	if from.readable && want > 0 {
-		m, e := sysRead(from.fd, room[have:have+want])
-		n = f.got(from, m, want, e)
-		f.cutShort = f.ended && !f.reset
+	if t.from.readable && want > 0 {
+		m, e := sysRead(t.from.fd, room[have:have+want])
+		n = t.got(m, want, e)
+		t.cutShort = t.ended && !t.reset
 	}
-	if from.tls.rx != landing {
-		f.streamed(n)
+	if t.from.tls.rx != landing {
+		t.streamed(n)
 	}
 	return room[:have+n], n == want && n > 0
 }
 
 // keepRest keeps half a record. If nothing comes any more it was broken off.
-func (c *conn) keepRest(f *flow, from, to *socket, rest []byte) {
-	f.keepCarry(c.loop, rest)
+func (t transfer) keepRest(rest []byte) {
+	t.keepCarry(t.c.loop, rest)
 	switch {
-	case !f.cutShort:
-	case len(f.carry) > 0:
-		c.violation(from, &record.Error{Alert: record.AlertDecodeError, Reason: "the stream ended inside a record"})
-	case c.doubts(from, to):
-		f.reset = true
+	case !t.cutShort:
+	case len(t.carry) > 0:
+		t.violation(&record.Error{Alert: record.AlertDecodeError, Reason: "the stream ended inside a record"})
+	case t.doubts():
+		t.reset = true
 	}
 }
 
 // doubts says whether a stream that ended without a close_notify, and may have been cut by anybody, goes on as a reset. A
 // side that speaks TLS sees what has happened: a FIN without a close_notify. Any other would take it for the end. Of
 // clients many end like that, or wait for an answer then; so for theirs the rule has to ask for it (truncation=).
-func (c *conn) doubts(from, to *socket) bool {
-	switch c.route.truncation {
+func (t transfer) doubts() bool {
+	switch t.c.route.truncation {
 	case natmap.TruncationFIN:
 		return false
 	case natmap.TruncationReset:
-		return to.tls == nil
+		return t.to.tls == nil
 	}
-	return from == &c.backend && to.tls == nil
+	return !t.isUp() && t.to.tls == nil
 }
 
 // wanted is how many bytes the next read asks for: what there's room for while the flow streams, and when the kernel is
 // to go on behind the next record, exactly the rest of that, header first. So it is when nothing more can be kept.
-func (c *conn) wanted(f *flow, from *socket, room int) int {
-	if from.tls.rx == landing || c.memoryFull() {
-		return from.tls.reader.Need(f.carry) - len(f.carry)
+func (t transfer) wanted(room int) int {
+	if t.from.tls.rx == landing || t.c.memoryFull() {
+		return t.from.tls.reader.Need(t.carry) - len(t.carry)
 	}
-	return min((int(f.batch)+1)*slotSize, room, max(c.loop.most, slotSize)) // no record opens in part
+	return min((int(t.batch)+1)*slotSize, room, max(t.c.loop.most, slotSize)) // no record opens in part
 }
 
 // openAll opens the records of b and sends their data on, with one call. It returns how many bytes of b are done with.
 //
 // Data is shorter than its record. So whatever was opened and moved up ends before the record that is opened next, and
 // moving its data up as well touches nothing that is not opened yet.
-func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
+func (t transfer) openAll(b []byte) int {
 	var (
-		iov   = c.loop.iov[:0]
+		iov   = t.c.loop.iov[:0]
 		end   int // of the last vector, in b
 		total int
 		used  int
 	)
 	for {
-		data, n := c.nextData(f, from, b[used:])
+		data, n := t.nextData(b[used:])
 		used += n
 		if len(data) == 0 {
 			break
@@ -211,10 +210,10 @@ func (c *conn) openAll(f *flow, from, to *socket, b []byte) int {
 		end = offsetIn(b, data) + len(data)
 		iov = append(iov, unix.Iovec{Base: &data[0], Len: uint64(len(data))})
 	}
-	c.carried(f, total)
-	c.sendVectors(f, to, iov, total)
-	if from.tls.asked {
-		c.renewKeys(c.other(f), from)
+	t.carried(total)
+	t.sendVectors(iov, total)
+	if t.from.tls.asked {
+		t.back().renewKeys()
 	}
 	return used
 }
@@ -226,17 +225,17 @@ func offsetIn(b, data []byte) int {
 
 // nextData opens records of b until one has data, and handles those before it. It returns how many bytes of b are done
 // with, and no data when no whole record is left in it, or nothing after it counts.
-func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int) {
-	s := from.tls
-	for c.loop.work < turnRecords*recordCost {
-		c.loop.work += recordCost
+func (t transfer) nextData(b []byte) (data []byte, used int) {
+	s := t.from.tls
+	for t.c.loop.work < turnRecords*recordCost {
+		t.c.loop.work += recordCost
 		var ticket []byte
 		if s.tickets != nil {
 			ticket = s.copyTicket(b[used:])
 		}
 		rec, n, err := s.reader.Next(b[used:])
 		if err != nil {
-			c.violation(from, err)
+			t.violation(err)
 			return nil, len(b)
 		}
 		if n == 0 {
@@ -247,7 +246,7 @@ func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int)
 			s.takeTicket(ticket, rec.Kind)
 		}
 		if rec.Kind != record.Data {
-			if c.handleRecord(f, from, rec) {
+			if t.handleRecord(rec) {
 				return nil, len(b)
 			}
 		} else if len(rec.Data) > 0 {
@@ -258,34 +257,34 @@ func (c *conn) nextData(f *flow, from *socket, b []byte) (data []byte, used int)
 }
 
 // sendVectors writes the data of several records, and keeps what the destination would not take.
-func (c *conn) sendVectors(f *flow, to *socket, iov []unix.Iovec, total int) {
+func (t transfer) sendVectors(iov []unix.Iovec, total int) {
 	if total == 0 {
 		return
 	}
-	if c.stage == translating {
+	if t.c.stage == translating {
 		for i := range iov {
-			c.translated(f, to, vector(&iov[i]))
+			t.translated(vector(&iov[i]))
 		}
 		return
 	}
 	sent := 0
-	if !f.stuck() {
+	if !t.stuck() {
 		var e unix.Errno
 		if len(iov) == 1 {
-			sent, e = sysWrite(to.fd, vector(&iov[0]))
+			sent, e = sysWrite(t.to.fd, vector(&iov[0]))
 		} else {
-			sent, e = sysWritev(to.fd, iov)
+			sent, e = sysWritev(t.to.fd, iov)
 		}
-		sent = to.wrote(sent, total, e)
+		sent = t.to.wrote(sent, total, e)
 	}
-	if sent == total || to.failed != 0 {
+	if sent == total || t.to.failed != 0 {
 		return
 	}
 	for i := range iov {
 		v := vector(&iov[i])
 		skip := min(sent, len(v))
 		sent -= skip
-		f.hold(c.loop, v[skip:])
+		t.hold(t.c.loop, v[skip:])
 	}
 }
 
@@ -307,20 +306,20 @@ func (f *flow) keepCarry(l *loop, rest []byte) {
 }
 
 // handleRecord does what a record that is no data asks for. It says whether nothing after it counts any more.
-func (c *conn) handleRecord(f *flow, from *socket, rec record.Record) bool {
+func (t transfer) handleRecord(rec record.Record) bool {
 	switch rec.Kind {
 	case record.CloseNotify:
-		f.ended, f.cutShort = true, false
+		t.ended, t.cutShort = true, false
 		return true
 	case record.AlertReceived:
-		if !c.report.told {
-			c.report.alertReceived, c.report.byBackend = int16(rec.Alert), from == &c.backend
-			c.tell(TLSError, c.side(from)+" sent the alert "+rec.Alert.String())
+		if !t.c.report.told {
+			t.c.report.alertReceived, t.c.report.byBackend = int16(rec.Alert), !t.isUp()
+			t.c.tell(TLSError, t.c.side(t.from.socket)+" sent the alert "+rec.Alert.String())
 		}
-		f.ended, f.cutShort = true, false
+		t.ended, t.cutShort = true, false
 		return true
 	case record.KeyUpdateRequested:
-		from.tls.asked = true
+		t.from.tls.asked = true
 	}
 	return false
 }
@@ -328,24 +327,17 @@ func (c *conn) handleRecord(f *flow, from *socket, rec record.Record) bool {
 // renewKeys goes over to new keys if the peer has asked for it (RFC 8446, section 4.6.3), or if the old ones are used
 // up (section 5.5). One answer does for all requests that came meanwhile; behind data that is stuck it waits for the next
 // data, so that a client that asks and does not read costs nothing.
-func (c *conn) renewKeys(f *flow, to *socket) {
-	s := to.tls
-	if f.stuck() || !s.asked && !s.writer.UpdateDue() {
+func (t transfer) renewKeys() {
+	s := t.to.tls
+	if t.stuck() || !s.asked && !s.writer.UpdateDue() {
 		return
 	}
-	if to.kernelSeals() {
-		c.renewInKernel(f, to)
+	if t.to.kind() == kernelHalf {
+		t.renewInKernel()
 		return
 	}
 	s.asked = false
-	c.send(f, to, s.writer.AppendKeyUpdate(nil, false))
-}
-
-func (c *conn) other(f *flow) *flow {
-	if f == &c.up {
-		return &c.down
-	}
-	return &c.up
+	t.send(s.writer.AppendKeyUpdate(nil, false))
 }
 
 // side is what the log calls the owner of the socket.
@@ -358,21 +350,19 @@ func (c *conn) side(s *socket) string {
 
 // violation answers a breach of the record protocol with its alert. What came before it is delivered; then the other
 // side is reset, so that it does not take what it has for the whole.
-func (c *conn) violation(from *socket, err error) {
-	if c.report.told {
+func (t transfer) violation(err error) {
+	if t.c.report.told {
 		return
 	}
-	back := &c.down // the flow to the culprit
-	c.report.byBackend = from == &c.backend
-	if c.report.byBackend {
-		back = &c.up
-		c.tell(TLSError, "the backend broke the protocol: "+err.Error())
+	t.c.report.byBackend = !t.isUp()
+	if t.c.report.byBackend {
+		t.c.tell(TLSError, "the backend broke the protocol: "+err.Error())
 	} else {
-		c.tell(TLSError, err.Error())
+		t.c.tell(TLSError, err.Error())
 	}
 	if e, ok := errors.AsType[*record.Error](err); ok {
-		c.report.alertSent = int16(e.Alert)
-		c.say(back, from, e.Alert)
+		t.c.report.alertSent = int16(e.Alert)
+		t.back().say(e.Alert)
 	}
 }
 
@@ -389,8 +379,8 @@ func (c *conn) park() {
 		return
 	}
 	c.parked = true
-	c.emptyPipe(&c.up)
-	c.emptyPipe(&c.down)
+	c.upward().emptyPipe()
+	c.downward().emptyPipe()
 	if !c.kept {
 		c.kept = true
 		c.keepKnown()
@@ -410,17 +400,17 @@ func (c *conn) park() {
 //
 // Where a record of the destination is as long as one of the source, for the same data, nothing is moved; else the
 // data is copied to where its record begins. Records stay as long as the source made them.
-func (c *conn) reencrypt(f *flow, from, to *socket) int {
-	l := c.loop
-	c.renewKeys(f, to)
+func (t transfer) reencrypt() int {
+	l := t.c.loop
+	t.renewKeys()
 	start := 0
-	if to.tls.writer.Prefix()+to.tls.writer.Suffix() > from.tls.reader.Overhead() {
+	if t.to.tls.writer.Prefix()+t.to.tls.writer.Suffix() > t.from.tls.reader.Overhead() {
 		start = growth
 	}
-	b, filled := c.readRecords(f, from, l.scratch[start:])
-	used := c.resealAll(f, from, to, b, l.scratch[:start+len(b)])
-	c.keepRest(f, from, to, b[used:])
-	f.adapt(filled && c.loop.work < turnRecords*recordCost)
+	b, filled := t.readRecords(l.scratch[start:])
+	used := t.resealAll(b, l.scratch[:start+len(b)])
+	t.keepRest(b[used:])
+	t.adapt(filled && t.c.loop.work < turnRecords*recordCost)
 	return used
 }
 
@@ -433,19 +423,19 @@ const growth = 1 << 10
 // It returns how many bytes of b are done with.
 //
 // What is sealed never reaches what is not opened yet: where it would, it is written out first.
-func (c *conn) resealAll(f *flow, from, to *socket, b, room []byte) int {
-	w := &to.tls.writer
+func (t transfer) resealAll(b, room []byte) int {
+	w := &t.to.tls.writer
 	pre, suf := w.Prefix(), w.Suffix()
 	ahead := len(room) - len(b)
 	end, used, total := 0, 0, 0
 	for {
-		data, n := c.nextData(f, from, b[used:])
+		data, n := t.nextData(b[used:])
 		used += n
 		if len(data) == 0 {
 			break
 		}
 		if end+pre+len(data)+suf > ahead+used {
-			c.send(f, to, room[:end])
+			t.send(room[:end])
 			end = 0
 		}
 		if payload := room[end+pre:]; &payload[0] != &data[0] {
@@ -454,10 +444,10 @@ func (c *conn) resealAll(f *flow, from, to *socket, b, room []byte) int {
 		total += len(data)
 		end += w.Seal(room[end:], len(data))
 	}
-	c.carried(f, total)
-	c.send(f, to, room[:end])
-	if from.tls.asked {
-		c.renewKeys(c.other(f), from)
+	t.carried(total)
+	t.send(room[:end])
+	if t.from.tls.asked {
+		t.back().renewKeys()
 	}
 	return used
 }

@@ -312,11 +312,11 @@ func (l *loop) count(r *report) {
 
 // carried counts bytes that came from a flow's source, as the application counts them. A stream that runs for a day
 // shows in the metrics all day.
-func (c *conn) carried(f *flow, n int) {
-	f.moved += int64(n)
-	if f == &c.up {
-		c.loop.counters.bytesUp.Add(uint64(n))
+func (t transfer) carried(n int) {
+	t.moved += int64(n)
+	if t.isUp() {
+		t.c.loop.counters.bytesUp.Add(uint64(n))
 	} else {
-		c.loop.counters.bytesDown.Add(uint64(n))
+		t.c.loop.counters.bytesDown.Add(uint64(n))
 	}
 }

@@ -140,7 +140,7 @@ func (c *conn) tellClient(b []byte) bool { return wholly(&c.client, b) }
 
 func wholly(s *socket, b []byte) bool {
 	n, e := sysWrite(s.fd, b)
-	return s.wrote(n, len(b), e) == len(b)
+	return writingHalf{s}.wrote(n, len(b), e) == len(b)
 }
 
 // unheard says why a backend has not taken what it was told.
@@ -229,7 +229,7 @@ func (c *conn) startCancel() stage {
 // awaitCancel forgets what either side says. It is the backend that ends the connection. The end of the client's stream is
 // passed on, and no other: PgBouncer drops a request whose client has left.
 func (c *conn) awaitCancel() stage {
-	if c.up.stuck() && !c.flush(&c.up, &c.backend) && c.backend.failed == 0 {
+	if c.up.stuck() && !c.upward().flush() && c.backend.failed == 0 {
 		return cancelling
 	}
 	if !c.skim(&c.backend) {
@@ -407,9 +407,9 @@ func (c *conn) relayed() stage {
 	case t.passed && !d.backend.asks:
 		return translating
 	case c.port.prelude == starttls.Off: // the client has had no greeting yet
-		c.sendPlain(&c.down, &c.client, t.greeting)
+		c.downward().sendPlain(t.greeting)
 	}
-	c.sendPlain(&c.down, &c.client, t.heard)
+	c.downward().sendPlain(t.heard)
 	c.dial = nil
 	return relaying
 }
@@ -425,43 +425,43 @@ const translateBytes = 16 << 10
 
 // translate is move for as long as the two sides don't speak the same: the backend's greeting is taken off what comes
 // through TLS, or MySQL's packets are numbered anew.
-func (c *conn) translate(f *flow, from, to *socket) int {
-	if from.tls != nil {
-		return c.open(f, from, to) // sendVectors brings what was opened back to translated
+func (t transfer) translate() int {
+	if t.from.tls != nil {
+		return t.open() // sendVectors brings what was opened back to translated
 	}
-	n, e := sysRead(from.fd, c.loop.scratch[:translateBytes])
-	if n = f.got(from, n, translateBytes, e); n > 0 {
-		c.carried(f, n)
-		c.translated(f, to, c.loop.scratch[:n])
+	n, e := sysRead(t.from.fd, t.c.loop.scratch[:translateBytes])
+	if n = t.got(n, translateBytes, e); n > 0 {
+		t.carried(n)
+		t.translated(t.c.loop.scratch[:n])
 	}
 	return n
 }
 
 // translated sends on what becomes of b, and ends the translation once there is no more need for it.
-func (c *conn) translated(f *flow, to *socket, b []byte) {
-	if c.dial == nil { // it has ended in this very turn
-		c.sendPlain(f, to, b)
+func (t transfer) translated(b []byte) {
+	if t.c.dial == nil { // it has ended in this very turn
+		t.sendPlain(b)
 		return
 	}
-	t := c.dial.talk
+	talk := t.c.dial.talk
 	var err error
 	switch {
-	case c.dial.backend.inside && f == &c.down:
-		b, err = c.takeGreeting(b)
-	case c.dial.backend.inside:
-	case f == &c.up:
-		b, err = t.bridge.Up(nil, b)
+	case t.c.dial.backend.inside && !t.isUp():
+		b, err = t.c.takeGreeting(b)
+	case t.c.dial.backend.inside:
+	case t.isUp():
+		b, err = talk.bridge.Up(nil, b)
 	default:
-		b = t.bridge.Down(nil, b)
+		b = talk.bridge.Down(nil, b)
 	}
 	if err != nil {
-		c.tell(BadHello, "mysql: "+err.Error()) // a greeting's error is told already
+		t.c.tell(BadHello, "mysql: "+err.Error()) // a greeting's error is told already
 		return
 	}
-	c.sendPlain(f, to, b)
-	if t.bridge.Over() {
-		c.sendPlain(&c.up, &c.backend, t.bridge.Rest(nil))
-		c.understood()
+	t.sendPlain(b)
+	if talk.bridge.Over() {
+		t.c.upward().sendPlain(talk.bridge.Rest(nil))
+		t.c.understood()
 	}
 }
 
@@ -474,7 +474,7 @@ func (c *conn) takeGreeting(b []byte) (rest []byte, err error) {
 	case err != nil:
 		c.tell(ConnectFailed, c.dial.name()+": "+c.dial.backend.speaks.String()+": "+err.Error())
 		c.report.alertSent = int16(alertInternalError)
-		c.say(&c.down, &c.client, record.AlertInternalError)
+		c.downward().say(record.AlertInternalError)
 	case step == starttls.Greeted:
 		rest = t.heard
 		c.understood()
@@ -483,9 +483,9 @@ func (c *conn) takeGreeting(b []byte) (rest []byte, err error) {
 }
 
 // sendPlain is send for bytes that are not sealed yet.
-func (c *conn) sendPlain(f *flow, to *socket, b []byte) {
-	if to.tls != nil {
-		b = to.tls.sealed(b)
+func (t transfer) sendPlain(b []byte) {
+	if t.to.tls != nil {
+		b = t.to.tls.sealed(b)
 	}
-	c.send(f, to, b)
+	t.send(b)
 }

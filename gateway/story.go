@@ -241,7 +241,7 @@ func (c *conn) cut(o Outcome, why string) {
 		c.loop.encryptQueue.remove(c)
 	}
 	quiet := (o == Idle || c.loop.now-c.active > int64(time.Second)) && !c.up.stuck() && !c.down.stuck() &&
-		c.up.held(&c.backend) == 0 && c.down.held(&c.client) == 0
+		c.upward().held() == 0 && c.downward().held() == 0
 	if c.stage == relaying && quiet {
 		c.sayGoodbye()
 	} else {
