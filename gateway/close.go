@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"errors"
 	"math"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 
 	"github.com/tlsnat/tlsnat/gateway/ktls"
 	"github.com/tlsnat/tlsnat/gateway/record"
+	"github.com/tlsnat/tlsnat/natmap"
 )
 
 const (
@@ -181,4 +183,60 @@ func (c *conn) lost(s *socket) Outcome {
 		return BackendReset
 	}
 	return ClientReset
+}
+
+// doubts says whether a stream that ended without a close_notify, and may have been cut by anybody, goes on as a reset. A
+// side that speaks TLS sees what has happened: a FIN without a close_notify. Any other would take it for the end. Of
+// clients many end like that, or wait for an answer then; so for theirs the rule has to ask for it (truncation=).
+func (t transfer) doubts() bool {
+	switch t.c.route.truncation {
+	case natmap.TruncationFIN:
+		return false
+	case natmap.TruncationReset:
+		return t.to.tls == nil
+	}
+	return !t.isUp() && t.to.tls == nil
+}
+
+// side is what the log calls the owner of the socket.
+func (c *conn) side(s *socket) string {
+	if s == &c.backend {
+		return "the backend"
+	}
+	return "the client"
+}
+
+// violation answers a breach of the record protocol with its alert. What came before it is delivered; then the other
+// side is reset, so that it does not take what it has for the whole.
+func (t transfer) violation(err error) {
+	if t.c.report.told {
+		return
+	}
+	t.c.report.byBackend = !t.isUp()
+	if t.c.report.byBackend {
+		t.c.tell(TLSError, "the backend broke the protocol: "+err.Error())
+	} else {
+		t.c.tell(TLSError, err.Error())
+	}
+	if e, ok := errors.AsType[*record.Error](err); ok {
+		t.c.report.alertSent = int16(e.Alert)
+		t.back().say(e.Alert)
+	}
+}
+
+// violated ends a connection one side of which broke the protocol, or gave up with an alert of its own.
+func (c *conn) violated() stage {
+	c.lastWords = true
+	return c.startReset(TLSError, "")
+}
+
+// stuckWithKeys ends a connection whose keys with the destination have to change and can't.
+func (t transfer) stuckWithKeys(why string) {
+	if t.c.report.told {
+		return
+	}
+	t.c.tell(RekeyFailed, t.c.side(t.to.socket)+": "+why)
+	t.c.report.byBackend = t.isUp()
+	t.c.report.alertSent = int16(record.AlertInternalError)
+	t.say(record.AlertInternalError)
 }

@@ -58,6 +58,7 @@ const (
 	kernelHalf                 // in records that the kernel opens or seals
 )
 
+// kindOf is the kind of a half that c carries, of a socket that speaks TLS.
 func kindOf(c carrier) halfKind {
 	if c == inKernel {
 		return kernelHalf
@@ -76,7 +77,7 @@ func (r readingHalf) kind() halfKind {
 	return kindOf(r.tls.rx)
 }
 
-// event is what a call brought that reads from a half.
+// event is what a reading call brought.
 type event uint8
 
 const (
@@ -87,7 +88,7 @@ const (
 	controlCame       // the kernel has opened a record that is no data, or could not open one: readControl finds out
 )
 
-// event says what n bytes, or e, mean.
+// event says what a reading call brought that returned n, or failed with e.
 func (r readingHalf) event(n int, e unix.Errno) event {
 	switch {
 	case e == 0 && n > 0:
@@ -303,5 +304,25 @@ func (t transfer) dropAll() {
 	t.release(t.c.loop)
 	if t.from.failed != 0 {
 		t.ended, t.reset = true, true
+	}
+}
+
+// touch remembers that something moved. The timer follows when it fires.
+func (c *conn) touch() {
+	c.active = c.loop.now
+	if c.parked {
+		c.parked = false
+		c.setDeadline(int64(parkAfter))
+	}
+}
+
+// carried counts bytes that came from a flow's source, as the application counts them. A stream that runs for a day
+// shows in the metrics all day.
+func (t transfer) carried(n int) {
+	t.moved += int64(n)
+	if t.isUp() {
+		t.c.loop.counters.bytesUp.Add(uint64(n))
+	} else {
+		t.c.loop.counters.bytesDown.Add(uint64(n))
 	}
 }

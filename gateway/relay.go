@@ -160,15 +160,6 @@ func (t transfer) move() int {
 	return t.copyOver()
 }
 
-// touch remembers that something moved. The timer follows when it fires.
-func (c *conn) touch() {
-	c.active = c.loop.now
-	if c.parked {
-		c.parked = false
-		c.setDeadline(int64(parkAfter))
-	}
-}
-
 // passEnd passes the end of the source on: FIN as FIN, behind a close_notify where the destination speaks TLS. One that
 // the source did not announce with a close_notify of its own may be somebody's who cut the stream (RFC 8446, section
 // 6.1), and is not announced here either. A reset is passed on by the caller, who ends both directions.

@@ -345,17 +345,6 @@ func (t transfer) keysServe() bool {
 	return !t.c.report.told
 }
 
-// stuckWithKeys ends a connection whose keys with the destination have to change and can't.
-func (t transfer) stuckWithKeys(why string) {
-	if t.c.report.told {
-		return
-	}
-	t.c.tell(RekeyFailed, t.c.side(t.to.socket)+": "+why)
-	t.c.report.byBackend = t.isUp()
-	t.c.report.alertSent = int16(record.AlertInternalError)
-	t.say(record.AlertInternalError)
-}
-
 // unopenable are the errors of a record that the kernel could not open. They are also left on the socket, where
 // sending would fail with them.
 func unopenable(e unix.Errno) bool {

@@ -3,14 +3,12 @@
 package gateway
 
 import (
-	"errors"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/record"
-	"github.com/tlsnat/tlsnat/natmap"
 )
 
 const (
@@ -159,19 +157,6 @@ func (t transfer) keepRest(rest []byte) {
 	case t.doubts():
 		t.reset = true
 	}
-}
-
-// doubts says whether a stream that ended without a close_notify, and may have been cut by anybody, goes on as a reset. A
-// side that speaks TLS sees what has happened: a FIN without a close_notify. Any other would take it for the end. Of
-// clients many end like that, or wait for an answer then; so for theirs the rule has to ask for it (truncation=).
-func (t transfer) doubts() bool {
-	switch t.c.route.truncation {
-	case natmap.TruncationFIN:
-		return false
-	case natmap.TruncationReset:
-		return t.to.tls == nil
-	}
-	return !t.isUp() && t.to.tls == nil
 }
 
 // wanted is how many bytes the next read asks for: what there's room for while the flow streams, and when the kernel is
@@ -338,38 +323,6 @@ func (t transfer) renewKeys() {
 	}
 	s.asked = false
 	t.send(s.writer.AppendKeyUpdate(nil, false))
-}
-
-// side is what the log calls the owner of the socket.
-func (c *conn) side(s *socket) string {
-	if s == &c.backend {
-		return "the backend"
-	}
-	return "the client"
-}
-
-// violation answers a breach of the record protocol with its alert. What came before it is delivered; then the other
-// side is reset, so that it does not take what it has for the whole.
-func (t transfer) violation(err error) {
-	if t.c.report.told {
-		return
-	}
-	t.c.report.byBackend = !t.isUp()
-	if t.c.report.byBackend {
-		t.c.tell(TLSError, "the backend broke the protocol: "+err.Error())
-	} else {
-		t.c.tell(TLSError, err.Error())
-	}
-	if e, ok := errors.AsType[*record.Error](err); ok {
-		t.c.report.alertSent = int16(e.Alert)
-		t.back().say(e.Alert)
-	}
-}
-
-// violated ends a connection one side of which broke the protocol, or gave up with an alert of its own.
-func (c *conn) violated() stage {
-	c.lastWords = true
-	return c.startReset(TLSError, "")
 }
 
 // park is for a connection that has become quiet: its key schedules are let go, and from now on the kernel asks whether

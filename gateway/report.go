@@ -309,14 +309,3 @@ func (l *loop) count(r *report) {
 		l.failed.add(r, l.now)
 	}
 }
-
-// carried counts bytes that came from a flow's source, as the application counts them. A stream that runs for a day
-// shows in the metrics all day.
-func (t transfer) carried(n int) {
-	t.moved += int64(n)
-	if t.isUp() {
-		t.c.loop.counters.bytesUp.Add(uint64(n))
-	} else {
-		t.c.loop.counters.bytesDown.Add(uint64(n))
-	}
-}
