@@ -164,3 +164,54 @@ func TestDocumentFunctionsAreThere(t *testing.T) {
 		}
 	}
 }
+
+// TestDocumentNamesAreThere: tests, files, metrics, settings and options that a page names exist.
+func TestDocumentNamesAreThere(t *testing.T) {
+	tests, settings := allTests(t), document(t, settingPage)
+	metrics, options := document(t, "docs/reference/metrics.md"), document(t, optionPage)
+	code := regexp.MustCompile("`[^`\n]+`")
+	for _, page := range documents(t) {
+		text := document(t, page)
+		missing := func(pattern, what string, is func(name string) bool) {
+			for _, span := range code.FindAllString(text, -1) {
+				for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(span, -1) {
+					if !is(m[1]) {
+						t.Errorf("%s: there is no %s %s", page, what, m[1])
+					}
+				}
+			}
+		}
+		missing(`^.(Test[A-Z]\w+).$`, "test", func(name string) bool { return tests[name] })
+		missing(`^.((?:gateway|natmap|sni|cmd|bench|docs)/[\w/.-]+\.\w+)`, "file", func(name string) bool {
+			_, err := os.Stat(filepath.Join(root, name))
+			return err == nil
+		})
+		missing(`(tlsnat_[a-z_]+[a-z])`, "metric", func(name string) bool { return strings.Contains(metrics, "`"+name+"`") })
+		missing(`(TLSNAT_[A-Z_]+[A-Z])`, "setting", func(name string) bool {
+			return strings.Contains(settings, "`"+name+"`") || name == "TLSNAT_TEST" || name == "TLSNAT_CI"
+		})
+		missing(`^.([a-z][a-z-]+)=.?$`, "option", func(name string) bool {
+			return strings.Contains(options, "`"+name+"=") || page == apiPage || name == "limit" || name == "host" // of the API and of psql
+		})
+	}
+}
+
+// allTests are the names of all tests.
+func allTests(t *testing.T) map[string]bool {
+	t.Helper()
+	all := map[string]bool{}
+	err := filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		for _, m := range regexp.MustCompile(`(?m)^func (Test\w+)\(`).FindAllSubmatch(text, -1) {
+			all[string(m[1])] = true
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}

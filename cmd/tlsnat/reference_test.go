@@ -24,6 +24,7 @@ const (
 	optionPage  = "docs/reference/options.md"
 	settingPage = "docs/reference/settings.md"
 	commandPage = "docs/reference/commands.md"
+	apiPage     = "docs/reference/api.md"
 	logPage     = "docs/reference/log.md"
 	troublePage = "docs/troubleshoot.md"
 )
