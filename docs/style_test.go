@@ -26,10 +26,6 @@ const (
 // sourceDirs are directories whose Go comments and messages keep to the words below. A directory joins when its texts do.
 var sourceDirs = []string{"docs", "cmd/tlsnat/help.go"}
 
-// notYet are pages whose tables are made of texts in other directories, which do not keep to the words yet. They leave this
-// list when their texts do.
-var notYet = []string{"docs/reference/options.md", "docs/reference/settings.md", "docs/reference/metrics.md"}
-
 // words are expressions that are private, or have to be read twice, each with what to write instead.
 var words = map[string]string{
 	`entrance|gatehouse|errands?`:        "access, task",
@@ -176,9 +172,6 @@ func TestOneSentenceALine(t *testing.T) {
 func TestWordsAreThoseOfTheField(t *testing.T) {
 	for _, page := range pages(t) {
 		for i, line := range prose(text(t, page)) {
-			if strings.HasPrefix(line, "|") && slices.Contains(notYet, page) {
-				continue
-			}
 			for _, w := range forbidden.FindAllString(tests.ReplaceAllString(line, ""), -1) {
 				t.Errorf("%s:%d: %q; write: %s", page, i+1, w, instead(w))
 			}

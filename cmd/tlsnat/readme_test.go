@@ -138,6 +138,6 @@ func TestREADMECommandsWork(t *testing.T) {
 	}
 	p.out.await(t, "ok: 1 rule on 1 port, 1 certificate")
 	p.out.await(t, "rule", "edge.natmap:2", "www.example.com")
-	p.out.await(t, "# LISTEN") // edge.natmap, through the gateway
+	p.out.await(t, "# LISTEN")                                                  // edge.natmap, through the gateway
 	p.err.await(t, `"msg":"connection"`, `"mode":"terminate"`, `"path":"user"`) // curl may end with a reset: it leaves a close_notify unread
 }

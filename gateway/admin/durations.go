@@ -23,7 +23,7 @@ var (
 var (
 	handshakeTimeDesc  = desc("handshake_duration_seconds", "How long TLS handshakes with clients took, the wait for their turn included.", "resumed")
 	encryptionTimeDesc = desc("backend_handshake_duration_seconds", "How long TLS handshakes with tls:// backends took.")
-	connectTimeDesc    = desc("backend_connect_duration_seconds", "How long it took to reach a backend, those that were tried before it included.")
+	connectTimeDesc    = desc("backend_connect_duration_seconds", "How long it took to reach a backend, with the backends that failed before it.")
 	connTimeDesc       = desc("connection_duration_seconds", "How long connections lasted that reached a backend, from accept to the end.")
 	encryptionsDesc    = desc("backend_handshakes_total", "TLS handshakes with tls:// backends, by what became of them.", "result", "resumed")
 	durationDescs      = []*prometheus.Desc{handshakeTimeDesc, encryptionTimeDesc, connectTimeDesc, connTimeDesc, encryptionsDesc}

@@ -30,7 +30,7 @@ const Prefix = "TLSNAT_"
 type Settings struct {
 	Map        string `env:"MAP" doc:"The rules themselves, separated by newlines or ';'."`
 	MapFile    string `env:"MAP_FILE" doc:"A file with rules, or a directory whose *.natmap files are read in name order."`
-	Certs      string `env:"CERTS" doc:"Directory with certificates and keys in PEM; which names are served is what the certificates say."`
+	Certs      string `env:"CERTS" doc:"Directory with certificates and keys in PEM. The names are read from the certificates."`
 	BackendCAs string `env:"BACKEND_CAS" doc:"Directory with the CAs that backend-ca=NAME names: NAME.pem holds the certificates of one or more."`
 	Watch      string `env:"WATCH" envDefault:"off" doc:"on: look at the files of map, certificates and CAs every second or two, and reload when they have changed. The container image sets it. Otherwise SIGHUP or 'tlsnat reload' reads them again."`
 	State      string `env:"STATE" doc:"Directory for what tlsnat makes itself (the demo's certificate). Default: $STATE_DIRECTORY, else tlsnat in the user's cache directory."`
@@ -43,21 +43,21 @@ type Settings struct {
 	LogLevel       string `env:"LOG_LEVEL" envDefault:"info" doc:"debug, info (a line for each connection), warn or error."`
 	LogFormat      string `env:"LOG_FORMAT" envDefault:"json" doc:"json or console."`
 
-	Loops      int            `env:"LOOPS" doc:"Event loops. Default: as many as the process may use CPUs."`
-	MaxConns   int            `env:"MAX_CONNS" doc:"Connections at once; further ones are closed at once, with outcome 'limited'. Default: what the limit of open files and MEMORY allow."`
-	Memory     Size           `env:"MEMORY" doc:"Most memory for data that clients and backends have not taken yet, as in 512MB. Each loop has an equal part, and each source (IPv4 address, IPv6 /64) as much of it as is free besides. When it is full, new connections are closed with outcome 'limited'. Default: half of the memory that the process may use (cgroup), or of the machine's."`
-	Handshakes int            `env:"HANDSHAKES" envDefault:"4096" doc:"TLS handshakes in progress, nearly all of which wait for the client's answer, at some 20 KiB each. If all are taken, the address with the most of them loses the one that is silent for longest. As many ClientHellos may wait for their turn, and as many handshakes with tls:// backends may be in progress. Each loop has an equal part of it."`
-	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, whose connections begin with a PROXY header (v1 or v2), which is demanded from them and believed; from everyone else it is refused."`
-	Resolver   string         `env:"RESOLVER" doc:"Address and port of the DNS server that is asked for the names of backends. Default: those in /etc/resolv.conf."`
+	Loops      int            `env:"LOOPS" doc:"Number of event loops. Default: one per CPU of the process."`
+	MaxConns   int            `env:"MAX_CONNS" doc:"Maximum number of open connections; further ones are closed with outcome 'limited'. Default: what the limit of open files and MEMORY allow."`
+	Memory     Size           `env:"MEMORY" doc:"Maximum memory for data that clients and backends have not taken yet, for example 512MB. Each loop has an equal part. Each source (IPv4 address, IPv6 /64) may use as much of it as is free besides. When it is full, new connections are closed with outcome 'limited'. Default: half of the memory that the process may use (cgroup), or of the machine's."`
+	Handshakes int            `env:"HANDSHAKES" envDefault:"4096" doc:"Maximum number of TLS handshakes in progress, at about 20 KiB each. If all places are taken, the address with the most loses the handshake that is silent for longest. The same number of ClientHellos may queue, and of handshakes with tls:// backends be in progress. Each loop has an equal part."`
+	ProxyFrom  []netip.Prefix `env:"PROXY_FROM" doc:"Addresses and CIDRs, separated by commas, of load balancers. Their connections have to begin with a PROXY header (v1 or v2), which is trusted. From all others it is refused."`
+	Resolver   string         `env:"RESOLVER" doc:"Address and port of the DNS server for backends' names. Default: the servers in /etc/resolv.conf."`
 	MinTLS     string         `env:"MIN_TLS" envDefault:"1.2" doc:"The oldest TLS version spoken, with clients and with tls:// backends: 1.2 or 1.3."`
-	KTLS       string         `env:"KTLS" envDefault:"auto" doc:"auto: the kernel seals TLS for connections that stream, where it can, and opens it from Linux 7.0 on; rx: it opens it before that too, where it can; off: neither."`
+	KTLS       string         `env:"KTLS" envDefault:"auto" doc:"auto: the kernel sends TLS for connections that stream, and receives it from Linux 7.0 on; rx: it receives on older kernels too; off: neither."`
 
-	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"From accept until the ClientHello is there (a PROXY header included), and again until the handshake is done; for that it is less, down to 1.5s, while more than half of TLSNAT_HANDSHAKES are in progress."`
-	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"To reach a backend, all that are tried together, and to shake hands with a tls:// one."`
-	IdleTimeout    time.Duration `env:"IDLE_TIMEOUT" envDefault:"15m" doc:"A connection on which nothing moves for as long is ended."`
-	LingerTimeout  time.Duration `env:"LINGER_TIMEOUT" envDefault:"1m" doc:"The same once one side has ended its stream and the other has not: silence for as long ends it."`
-	DrainTimeout   time.Duration `env:"DRAIN_TIMEOUT" envDefault:"30s" doc:"After SIGTERM: connections that are still open then are cut."`
-	ShutdownDelay  time.Duration `env:"SHUTDOWN_DELAY" envDefault:"0s" doc:"After SIGTERM: /readyz fails at once, and new connections are accepted for so long still, until load balancers have noticed. DRAIN_TIMEOUT begins after it."`
+	HelloTimeout   time.Duration `env:"HELLO_TIMEOUT" envDefault:"10s" doc:"Time from accept to the whole ClientHello (with the PROXY header), and again to the end of the handshake. The second is shorter, down to 1.5s, while more than half of TLSNAT_HANDSHAKES are in progress."`
+	ConnectTimeout time.Duration `env:"CONNECT_TIMEOUT" envDefault:"5s" doc:"Time to reach a backend, for all backends together, with the TLS handshake of a tls:// one."`
+	IdleTimeout    time.Duration `env:"IDLE_TIMEOUT" envDefault:"15m" doc:"A connection that carries no byte for this time is ended."`
+	LingerTimeout  time.Duration `env:"LINGER_TIMEOUT" envDefault:"1m" doc:"The same for a connection of which one side has ended its stream."`
+	DrainTimeout   time.Duration `env:"DRAIN_TIMEOUT" envDefault:"30s" doc:"Time after SIGTERM (and SHUTDOWN_DELAY) until connections that are still open are cut."`
+	ShutdownDelay  time.Duration `env:"SHUTDOWN_DELAY" envDefault:"0s" doc:"After SIGTERM: /readyz fails at once, and new connections are still accepted for this time, until load balancers have noticed. DRAIN_TIMEOUT begins after it."`
 }
 
 // SettingError is one complaint about one setting.
