@@ -170,7 +170,7 @@ func (c *conn) encrypt() stage {
 	}
 	c.to(waitingEncryption)
 	c.setDeadline(d.share(c))
-	l.encryptQueue.push(c)
+	l.encryptQueue.Push(c)
 	l.startHandshakes()
 	return c.stage
 }
@@ -186,15 +186,15 @@ func serverOf(c *conn) *server {
 // startEncryption gives a place to the server that is next. It is taken when everything is there that can fail: a connection
 // that ends here does not know its server any more.
 func (l *loop) startEncryption() {
-	c := l.encryptQueue.next()
+	c := l.encryptQueue.Next()
 	defer c.rescue()
 	hs, err := newEncrypter(c)
 	if err != nil {
-		l.encryptQueue.remove(c)
+		l.encryptQueue.Remove(c)
 		c.goOn(c.unannounced(err))
 		return
 	}
-	l.encryptQueue.take()
+	l.encryptQueue.Take()
 	c.to(encrypting)
 	c.setDeadline(max(c.dial.share(c), int64(c.route.connect)/4)) // however long it has waited for its turn
 	l.active.Add(1)
@@ -205,7 +205,7 @@ func (l *loop) startEncryption() {
 // awaitEncryption waits for the turn. The client may leave meanwhile.
 func (c *conn) awaitEncryption() stage {
 	if c.client.failed != 0 {
-		c.loop.encryptQueue.remove(c)
+		c.loop.encryptQueue.Remove(c)
 		return c.finish(ClientReset, "reset while a backend was sought")
 	}
 	return waitingEncryption
@@ -314,7 +314,7 @@ func (h *encrypter) takeKeys() (*session, error) {
 // done is back on the loop: the handshake is over, one way or the other.
 func (h *encrypter) done() {
 	l := h.conn.loop
-	l.encryptQueue.leave(h.conn, 1)
+	l.encryptQueue.Leave(h.conn, 1)
 	h.conn.encrypted(h)
 	l.startHandshakes()
 }

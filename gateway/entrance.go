@@ -423,7 +423,7 @@ func (c *conn) holdHandshake(g *lineGate) bool {
 	}
 	l := c.loop
 	silent := l.silentOf(g.count)
-	if silent == nil || l.now-silent.hs.begun < leastPatience && l.queue.holds(silent) <= l.queue.holds(c)+1 {
+	if silent == nil || l.now-silent.hs.begun < leastPatience && l.queue.Holds(silent) <= l.queue.Holds(c)+1 {
 		return false // nobody, or whoever has just begun and is no crowd
 	}
 	silent.giveUpSilent()
@@ -521,8 +521,8 @@ func (g *Gateway) tables() []TableUsage {
 	sources, shaking, queued, most := 0, 0, 0, 0
 	for _, l := range g.loops {
 		sources += int(l.sampler.size.Load())
-		shaking += int(l.queue.held.Load())
-		queued += int(l.queue.n.Load())
+		shaking += int(l.queue.Held.Load())
+		queued += int(l.queue.Waiting.Load())
 		most += l.maxInFlight()
 	}
 	return []TableUsage{

@@ -10,6 +10,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"github.com/tlsnat/tlsnat/gateway/turns"
 )
 
 // errands are things that are done again and again beside the loops: checks, tries, lookups. All of the process share
@@ -24,9 +26,9 @@ type errands struct {
 	over    bool
 	handing bool // what is due is being handed out
 	agenda  agenda
-	due     [errandKinds * 2]turns[string, *errand] // what is due and what runs, by class
-	turn    int                                     // the class that had the last turn
-	timer   *time.Timer                             // until the first of the agenda is due
+	due     [errandKinds * 2]turns.Queue[string, *errand] // what is due and what runs, by class
+	turn    int                                           // the class that had the last turn
+	timer   *time.Timer                                   // until the first of the agenda is due
 	running sync.WaitGroup
 }
 
@@ -53,7 +55,7 @@ const quickErrand = time.Second
 func newErrands() *errands {
 	e := &errands{made: time.Now()}
 	for i := range e.due {
-		e.due[i] = newTurns(func(x *errand) string { return x.owner })
+		e.due[i] = turns.New(func(x *errand) string { return x.owner })
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.timer = time.AfterFunc(forever, e.hand)
@@ -70,9 +72,9 @@ type errand struct {
 	at  int           // of the agenda; -1: not there
 
 	kind  errandKind
-	owner string                  // the machine that is asked
-	class *turns[string, *errand] // that it waits or runs in; nil: in none
-	quick bool                    // it was, the last time
+	owner string                        // the machine that is asked
+	class *turns.Queue[string, *errand] // that it waits or runs in; nil: in none
+	quick bool                          // it was, the last time
 }
 
 // agenda is who waits, as a heap: who is due next comes first.
@@ -165,7 +167,7 @@ func (e *errands) next() *errand {
 		if x.quick {
 			x.class = &e.due[2*int(x.kind)+1]
 		}
-		x.class.push(x)
+		x.class.Push(x)
 	}
 	c := e.classWithTurn()
 	if c == nil {
@@ -174,19 +176,19 @@ func (e *errands) next() *errand {
 	}
 	e.handing = true
 	e.running.Add(1)
-	return c.take()
+	return c.Take()
 }
 
 // classWithTurn is the next class in which somebody waits and may have a place; nil: none. The lock is held.
-func (e *errands) classWithTurn() *turns[string, *errand] {
+func (e *errands) classWithTurn() *turns.Queue[string, *errand] {
 	free := errandsAtOnce
 	for i := range e.due {
-		free -= int(e.due[i].held.Load())
+		free -= int(e.due[i].Held.Load())
 	}
 	for range e.due {
 		e.turn = (e.turn + 1) % len(e.due)
 		c := &e.due[e.turn]
-		if held := int(c.held.Load()); c.n.Load() > 0 && held < free && c.fewest() < max(1, free-held) {
+		if held := int(c.Held.Load()); c.Waiting.Load() > 0 && held < free && c.Fewest() < max(1, free-held) {
 			return c
 		}
 	}
@@ -196,8 +198,8 @@ func (e *errands) classWithTurn() *turns[string, *errand] {
 // status is how many run, and how many are due and wait for a place.
 func (e *errands) status() (running, waiting int) {
 	for i := range e.due {
-		running += int(e.due[i].held.Load())
-		waiting += int(e.due[i].n.Load())
+		running += int(e.due[i].Held.Load())
+		waiting += int(e.due[i].Waiting.Load())
 	}
 	return running, waiting
 }
@@ -210,7 +212,7 @@ func (x *errand) run() {
 		next = x.do(x)
 	}
 	e.mu.Lock()
-	x.class.leave(x, 1)
+	x.class.Leave(x, 1)
 	x.class, x.quick = nil, time.Since(began) < quickErrand
 	if next < 0 || e.over || x.stopped() {
 		x.end()
@@ -235,7 +237,7 @@ func (x *errand) stop() {
 	if x.at >= 0 {
 		heap.Remove(&x.all.agenda, x.at)
 	} else if x.class != nil {
-		x.class.remove(x) // if it waits there
+		x.class.Remove(x) // if it waits there
 	}
 }
 

@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/turns"
+
 	"github.com/tlsnat/tlsnat/gateway/config"
 
 	"golang.org/x/sys/unix"
@@ -80,8 +82,8 @@ func (c *conn) queueHandshake() stage {
 
 // queueHello has a hello wait, and drops one if there are too many.
 func (l *loop) queueHello(c *conn) {
-	l.queue.push(c)
-	if int(l.queue.n.Load()) > l.maxInFlight() {
+	l.queue.Push(c)
+	if int(l.queue.Waiting.Load()) > l.maxInFlight() {
 		l.dropHello(refusedHandshakeAll)
 	}
 }
@@ -89,7 +91,7 @@ func (l *loop) queueHello(c *conn) {
 // dropHello ends the connection of a hello that waits. Its client gets an alert, but nobody waits for that to be read: in a
 // flood those who linger would be more than those who are served.
 func (l *loop) dropHello(why refusal) {
-	c := l.queue.drop()
+	c := l.queue.Drop()
 	c.refused(why)
 	c.tell(Limited, refusalTexts[why])
 	c.report.alertSent = int16(alertInternalError)
@@ -100,7 +102,7 @@ func (l *loop) dropHello(why refusal) {
 // awaitTurn waits for the turn. A client that resets its connection meanwhile costs no handshake.
 func (c *conn) awaitTurn() stage {
 	if c.client.failed != 0 {
-		c.loop.queue.remove(c)
+		c.loop.queue.Remove(c)
 		return c.finish(ClientReset, "reset while it waited to shake hands")
 	}
 	return waitingTurn
@@ -145,15 +147,15 @@ func (l *loop) turnFree() bool {
 // and Hahne, "Dynamic queue length thresholds for shared-memory packet switches").
 func (l *loop) encryptionWaits() bool {
 	q := &l.encryptQueue
-	return q.n.Load() > 0 && q.fewest() < max(1, l.maxInFlight()-int(q.held.Load()))
+	return q.Waiting.Load() > 0 && q.Fewest() < max(1, l.maxInFlight()-int(q.Held.Load()))
 }
 
 // handshakeWaits says whether a handshake with a client may begin: when a place is free, or somebody silent has one.
 func (l *loop) handshakeWaits() bool {
-	return l.queue.n.Load() > 0 && (l.placeFree() || l.longestSilent() != nil)
+	return l.queue.Waiting.Load() > 0 && (l.placeFree() || l.longestSilent() != nil)
 }
 
-func (l *loop) placeFree() bool { return int(l.queue.held.Load()) < l.maxInFlight() }
+func (l *loop) placeFree() bool { return int(l.queue.Held.Load()) < l.maxInFlight() }
 
 // startHandshakes gives turns to those who wait for one, to clients and servers by turns. A client whose rule does not
 // terminate costs no handshake of its own, so neither kind may go before the other.
@@ -174,7 +176,7 @@ func (l *loop) startHandshake() {
 		l.longestSilent().giveUpSilent()
 	}
 	l.endSilent()
-	l.giveTurn(l.queue.take())
+	l.giveTurn(l.queue.Take())
 }
 
 // giveTurn begins the handshake of a client that has a place.
@@ -183,12 +185,12 @@ func (l *loop) giveTurn(c *conn) {
 	places := 1
 	defer func() {
 		if c.hs == nil { // it has not begun
-			l.queue.leave(c, places)
+			l.queue.Leave(c, places)
 		}
 	}()
 	hs := c.route.profile.handshaker(l)
 	if more := min(len(c.pending)/helloPlace, l.maxInFlight()-1); more > 0 {
-		l.queue.enlarge(c, more)
+		l.queue.Enlarge(c, more)
 		places += more
 	}
 	hs.begin(c)
@@ -215,7 +217,7 @@ const (
 // less and less, down to leastPatience when none is.
 func (l *loop) patience() int64 {
 	most, half := int64(l.gw.settings.HelloTimeout), int64(l.maxInFlight()/2)
-	taken := min(int64(l.queue.held.Load())-half, half)
+	taken := min(int64(l.queue.Held.Load())-half, half)
 	if taken <= 0 || most <= leastPatience {
 		return most
 	}
@@ -242,7 +244,7 @@ func (l *loop) endSilent() {
 // been silent for longest; nil if nobody is. Those who compute are few, so that a few are looked at.
 func (l *loop) longestSilent() *conn {
 	const few = 4 * computing
-	all := l.queue.richest()
+	all := l.queue.Richest()
 	for _, c := range all[:min(len(all), few)] {
 		if c.hs.wire.waits() {
 			return c
@@ -272,7 +274,7 @@ func (l *loop) silentOf(line *lineCount) (found *conn) {
 		if c.holds&holdsHandshake == 0 || c.route.gate.count != line || !c.hs.wire.waits() {
 			continue
 		}
-		if held := l.queue.owners[sourceOf(c)].held; held > most {
+		if held := l.queue.Holds(c); held > most {
 			found, most = c, held
 		}
 		if n++; n == looked {
@@ -286,14 +288,16 @@ func (l *loop) silentOf(line *lineCount) (found *conn) {
 func (c *conn) leavePlaces() {
 	l, h := c.loop, c.hs
 	if h.places > 0 {
-		l.begun = deleteAt(l.begun, lastIndex(l.begun, c))
-		l.queue.leave(c, h.places)
+		l.begun = turns.TakeOut(l.begun, c)
+		l.queue.Leave(c, h.places)
 		h.places = 0
 	}
 }
 
 // handshakesWait says whether a turn that becomes free is wanted. It may be asked off the loop.
-func (l *loop) handshakesWait() bool { return l.queue.n.Load() > 0 || l.encryptQueue.n.Load() > 0 }
+func (l *loop) handshakesWait() bool {
+	return l.queue.Waiting.Load() > 0 || l.encryptQueue.Waiting.Load() > 0
+}
 
 // shaker is a handshake that is to run: with a client or with a backend.
 type shaker interface{ run() }

@@ -22,8 +22,8 @@ func Inject(fail func(call string, fd int) unix.Errno) (undo func()) {
 func Leftovers(g *Gateway) string {
 	left := ""
 	for _, l := range g.loops {
-		for what, n := range map[string]int{"connections": len(l.conns), "hellos": int(l.queue.n.Load()), "handshakes": int(l.queue.held.Load()),
-			"waiting for a backend's handshake": int(l.encryptQueue.n.Load()), "handshakes with backends": int(l.encryptQueue.held.Load()),
+		for what, n := range map[string]int{"connections": len(l.conns), "hellos": int(l.queue.Waiting.Load()), "handshakes": int(l.queue.Held.Load()),
+			"waiting for a backend's handshake": int(l.encryptQueue.Waiting.Load()), "handshakes with backends": int(l.encryptQueue.Held.Load()),
 			"computing": int(l.active.Load()), "queues": len(l.queues), "waiting for room": int(l.waiting.Load()),
 			"bytes of lent memory": l.lent.out, "bytes in pipes": l.lent.piped, "pipes": l.pipes.out, "begun handshakes": len(l.begun),
 			"sockets": l.socks.watched(), "streams that are paced": l.pacer.n} {

@@ -142,7 +142,7 @@ func (ln *listener) serve(gen *generation, rules *portRules) {
 func (ln *listener) ready(*socket, uint32) {
 	l := ln.loop
 	for range turnedAway {
-		if refused := l.refusedNow; !ln.accept() || l.refusedNow == refused && l.queue.n.Load() == 0 {
+		if refused := l.refusedNow; !ln.accept() || l.refusedNow == refused && l.queue.Waiting.Load() == 0 {
 			return
 		}
 	}

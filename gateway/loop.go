@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/turns"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -50,11 +52,11 @@ type loop struct {
 	waiting    atomic.Int32          // in queues
 	called     atomic.Bool           // to serve them
 
-	active       atomic.Int32               // handshakes that compute right now
-	queue        turns[netip.Prefix, *conn] // handshakes with clients, by their addresses
-	begun        []*conn                    // who has a place of them, the oldest first
-	encryptQueue turns[*server, *conn]      // handshakes with servers
-	serverNext   bool                       // a server's is the next one, if both wait
+	active       atomic.Int32                     // handshakes that compute right now
+	queue        turns.Queue[netip.Prefix, *conn] // handshakes with clients, by their addresses
+	begun        []*conn                          // who has a place of them, the oldest first
+	encryptQueue turns.Queue[*server, *conn]      // handshakes with servers
+	serverNext   bool                             // a server's is the next one, if both wait
 
 	counters counters
 	ended    endedRing // the last connections that are over, for the admin: with outcome ok,
@@ -80,7 +82,7 @@ func newLoop(g *Gateway, index int) (*loop, error) {
 	}
 	l := &loop{index: index, gw: g, poll: p, most: noEnd, conns: map[*conn]struct{}{}, queues: map[*route]*turnQueue{}, scratch: make([]byte, scratchSize),
 		iov: make([]unix.Iovec, 0, maxVectors), accept4: sysAccept, done: make(chan struct{}), shakers: shakers{work: make(chan shaker)}}
-	l.queue, l.encryptQueue = newTurns(sourceOf), newTurns(serverOf)
+	l.queue, l.encryptQueue = turns.New(sourceOf), turns.New(serverOf)
 	l.lent.share, l.pipes.most = int(g.settings.Memory)/g.settings.Loops, pipesFor(g.settings.Loops)
 	l.tick()
 	l.looks.sure = l.now
@@ -240,7 +242,7 @@ type arrival struct {
 // others are, too, so are they.
 func (l *loop) noteArrival(s *socket) {
 	for len(l.arrivals) > 0 && l.arriving(l.arrivals[0]) == nil {
-		l.arrivals = deleteAt(l.arrivals, 0)
+		l.arrivals = turns.DeleteAt(l.arrivals, 0)
 	}
 	const few = 1024
 	if len(l.arrivals) > few+2*len(l.conns) {
@@ -271,12 +273,12 @@ func (c *conn) undecided() bool { return c.stage <= readingHello || c.stage == r
 // newcomers shut out those who are at it: so a client goes only if it has had its time, or if its source has more handshakes
 // than the newcomer's would have.
 func (l *loop) makeRoom(newcomer *conn) bool {
-	theirs := l.queue.holds(newcomer) + 1
-	if c := l.longestSilent(); c != nil && (l.now-c.hs.begun >= leastPatience || l.queue.holds(c) > theirs) {
+	theirs := l.queue.Holds(newcomer) + 1
+	if c := l.longestSilent(); c != nil && (l.now-c.hs.begun >= leastPatience || l.queue.Holds(c) > theirs) {
 		c.giveUpSilent()
 		return true
 	}
-	if c, many := l.queue.longest(); many > theirs || many > 0 && l.now-c.active >= leastPatience {
+	if c, many := l.queue.Longest(); many > theirs || many > 0 && l.now-c.active >= leastPatience {
 		l.dropHello(refusedMaxConns)
 		return true
 	}
@@ -323,7 +325,7 @@ func (l *loop) crowdedArrival() *conn {
 // deleteNear removes the element at i, which is near the beginning: what is before it moves.
 func deleteNear[T any](list []T, i int) []T {
 	copy(list[1:i+1], list[:i])
-	return deleteAt(list, 0)
+	return turns.DeleteAt(list, 0)
 }
 
 // turnAway ends a connection that has not begun.

@@ -39,17 +39,17 @@ var faults = []struct {
 	}},
 	{"its turn to shake hands", func(s *still, c *conn) func() {
 		c.stage, c.terms = waitingTurn, nil
-		s.queue.push(c)
+		s.queue.Push(c)
 		return s.startHandshakes
 	}},
 	{"its turn to shake hands with a backend", func(s *still, c *conn) func() {
 		c.stage, c.dial = waitingEncryption, &dialling{rival: socket{fd: -1}} // to no backend
-		s.encryptQueue.push(c)
+		s.encryptQueue.Push(c)
 		return s.startHandshakes
 	}},
 	{"the end of a handshake", func(s *still, c *conn) func() {
-		s.queue.push(c)
-		s.queue.take()
+		s.queue.Push(c)
+		s.queue.Take()
 		h := &handshaker{conn: c, places: 1} // of no profile
 		c.stage, c.hs = shakingHands, h
 		s.begun = append(s.begun, c)
@@ -57,8 +57,8 @@ var faults = []struct {
 	}},
 	{"the end of a handshake with a backend", func(s *still, c *conn) func() {
 		c.dial = &dialling{rival: socket{fd: -1}}
-		s.encryptQueue.push(c)
-		s.encryptQueue.take()
+		s.encryptQueue.Push(c)
+		s.encryptQueue.Take()
 		c.stage, c.route = encrypting, nil
 		return func() { s.post((&encrypter{conn: c}).done); s.runPosted() }
 	}},
@@ -117,9 +117,9 @@ func TestFaultEndsItsConnection(t *testing.T) {
 			if _, there := s.conns[other]; !there || len(s.conns) != 1 || s.open.Load() != 1 || c.gen.open.Load() != 1 {
 				t.Errorf("%d connections are left, %d and %d are counted", len(s.conns), s.open.Load(), c.gen.open.Load())
 			}
-			if s.queue.held.Load() != 0 || s.encryptQueue.held.Load() != 0 || s.active.Load() != 0 || s.queue.n.Load()+s.encryptQueue.n.Load() != 0 ||
+			if s.queue.Held.Load() != 0 || s.encryptQueue.Held.Load() != 0 || s.active.Load() != 0 || s.queue.Waiting.Load()+s.encryptQueue.Waiting.Load() != 0 ||
 				len(s.queues) != 0 || s.waiting() != 0 {
-				t.Errorf("it is still counted: %d, %d, %d", s.queue.held.Load(), s.encryptQueue.held.Load(), s.active.Load())
+				t.Errorf("it is still counted: %d, %d, %d", s.queue.Held.Load(), s.encryptQueue.Held.Load(), s.active.Load())
 			}
 			if n := len(available(client)); n != 0 {
 				t.Errorf("the client got %d bytes", n)

@@ -406,7 +406,7 @@ func (c *conn) loseServer(why string) {
 	case c.stage == encrypting && !c.dial.passed():
 		c.giveUpEncryption(why)
 	case c.stage == waitingEncryption && !c.dial.passed():
-		c.loop.encryptQueue.remove(c)
+		c.loop.encryptQueue.Remove(c)
 		fallthrough
 	case c.stage == connecting, c.stage == asking:
 		c.goOn(c.nextBackend(why))

@@ -236,7 +236,7 @@ func (g *Gateway) sum(s *Status) {
 func (g *Gateway) sumHandshakes(h *HandshakeCounts) {
 	h.Silent = g.total(func(n *counters) *atomic.Uint64 { return &n.silent })
 	for _, l := range g.loops {
-		h.Queued += int(l.queue.n.Load())
+		h.Queued += int(l.queue.Waiting.Load())
 	}
 	for v, version := range versionLabels {
 		for i, group := range groupLabels {

@@ -126,8 +126,8 @@ func (c *conn) crashed(p any) {
 	case c.dial != nil && c.dial.hs != nil:
 		c.giveUpEncryption(why)
 	default:
-		c.loop.queue.remove(c)
-		c.loop.encryptQueue.remove(c)
+		c.loop.queue.Remove(c)
+		c.loop.encryptQueue.Remove(c)
 		c.finish(Internal, why)
 	}
 }
@@ -166,7 +166,7 @@ func (c *conn) due() {
 	case c.undecided():
 		c.finish(HelloTimeout, fmt.Sprintf("only %d bytes of it came within %sHELLO_TIMEOUT", len(c.pending), config.Prefix))
 	case c.stage == waitingTurn:
-		l.queue.remove(c)
+		l.queue.Remove(c)
 		c.finish(Limited, "waited too long for its turn to shake hands")
 	case c.stage == shakingHands:
 		c.handshakeDue()
@@ -178,7 +178,7 @@ func (c *conn) due() {
 	case c.stage == waitingForRoom:
 		c.waitedInVain()
 	case c.stage == waitingEncryption:
-		l.encryptQueue.remove(c)
+		l.encryptQueue.Remove(c)
 		c.goOn(c.nextBackend("waited too long for its turn to shake hands"))
 	case c.stage == encrypting:
 		c.encryptionDue()
@@ -236,9 +236,9 @@ func (c *conn) cut(o Outcome, why string) {
 		c.giveUpEncryption(why)
 		return
 	case waitingTurn:
-		c.loop.queue.remove(c)
+		c.loop.queue.Remove(c)
 	case waitingEncryption:
-		c.loop.encryptQueue.remove(c)
+		c.loop.encryptQueue.Remove(c)
 	}
 	quiet := (o == Idle || c.loop.now-c.active > int64(time.Second)) && !c.up.stuck() && !c.down.stuck() &&
 		c.upward().held() == 0 && c.downward().held() == 0

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+// Package turns shares places among owners, so that nobody who asks for many delays the others. It takes no locks and
+// starts no goroutines: its user sees to it that one goroutine at a time calls it.
+package turns
 
 import (
 	"cmp"
@@ -9,20 +11,20 @@ import (
 	"sync/atomic"
 )
 
-// turns shares places among owners. An owner is whoever can fill all places alone: a client's address, a backend server, a
-// machine that tasks ask. Everyone waits in a queue of their owner, and the next place goes to the owner that has the fewest:
+// Queue is who waits for a place, and who has one. An owner is whoever can fill all places alone: a client's address, a
+// backend server, a machine that tasks ask. Everyone waits in a queue of their owner, and the next place goes to the owner that has the fewest:
 // whoever asks for many delays only themselves.
-type turns[K comparable, T comparable] struct {
+type Queue[K comparable, T comparable] struct {
 	ownerOf func(T) K
 	owners  map[K]*claimant[K, T]
 	ready   ranking[K, T] // owners with somebody waiting: whose turn is next comes first
 	queues  ranking[K, T] // the same owners: the longest queue comes first
 	holders ranking[K, T] // owners that have places: whoever has the most comes first
 
-	n    atomic.Int32 // waiting; both may be read from anywhere
-	held atomic.Int32 // places that are taken
-	seq  uint64       // numbers arrivals and turns
-	free []*claimant[K, T]
+	Waiting atomic.Int32 // who has no place yet; this and Held may be read from anywhere
+	Held    atomic.Int32 // places that are taken
+	seq     uint64       // numbers arrivals and turns
+	free    []*claimant[K, T]
 }
 
 // claimant is an owner: what they have, and who waits for more.
@@ -43,9 +45,10 @@ const (
 	inHolders
 )
 
-func newTurns[K comparable, T comparable](ownerOf func(T) K) turns[K, T] {
+// New makes an empty queue. ownerOf must give the same owner as long as something waits or has a place.
+func New[K comparable, T comparable](ownerOf func(T) K) Queue[K, T] {
 	type o = *claimant[K, T]
-	return turns[K, T]{
+	return Queue[K, T]{
 		ownerOf: ownerOf,
 		owners:  map[K]*claimant[K, T]{},
 		ready: ranking[K, T]{inReady, nil, func(a, b o) int {
@@ -60,19 +63,19 @@ func newTurns[K comparable, T comparable](ownerOf func(T) K) turns[K, T] {
 	}
 }
 
-// push has x wait.
-func (t *turns[K, T]) push(x T) {
+// Push has x wait.
+func (t *Queue[K, T]) Push(x T) {
 	o := t.owner(t.ownerOf(x))
 	if t.seq++; len(o.waiting) == 0 {
 		o.arrived = t.seq
 	}
 	o.waiting = append(o.waiting, x)
-	t.n.Add(1)
+	t.Waiting.Add(1)
 	t.rank(o)
 }
 
-// remove takes x out of its queue, if it waits there.
-func (t *turns[K, T]) remove(x T) {
+// Remove takes x out of its queue, if it waits there.
+func (t *Queue[K, T]) Remove(x T) {
 	if o := t.owners[t.ownerOf(x)]; o != nil {
 		if i := slices.Index(o.waiting, x); i >= 0 {
 			t.unqueue(o, i)
@@ -80,57 +83,58 @@ func (t *turns[K, T]) remove(x T) {
 	}
 }
 
-func (t *turns[K, T]) unqueue(o *claimant[K, T], i int) {
-	o.waiting = deleteAt(o.waiting, i)
-	t.n.Add(-1)
+// unqueue takes the one at i out of an owner's queue.
+func (t *Queue[K, T]) unqueue(o *claimant[K, T], i int) {
+	o.waiting = DeleteAt(o.waiting, i)
+	t.Waiting.Add(-1)
 	t.rank(o)
 }
 
-// fewest is how many places the owner has whose turn is next. Somebody waits.
-func (t *turns[K, T]) fewest() int { return t.ready.list[0].held }
+// Fewest is how many places the owner has whose turn is next. Somebody waits.
+func (t *Queue[K, T]) Fewest() int { return t.ready.list[0].held }
 
-// next is whose turn it is. Somebody waits.
-func (t *turns[K, T]) next() T { return t.ready.list[0].waiting[0] }
+// Next is whose turn it is. Somebody waits.
+func (t *Queue[K, T]) Next() T { return t.ready.list[0].waiting[0] }
 
-// take ends the wait of whoever is next, and gives them a place.
-func (t *turns[K, T]) take() T {
+// Take ends the wait of whoever is next, and gives them a place.
+func (t *Queue[K, T]) Take() T {
 	o := t.ready.list[0]
 	x := o.waiting[0]
 	t.seq++
 	o.served = t.seq
 	o.holding, o.held = append(o.holding, x), o.held+1
-	t.held.Add(1)
+	t.Held.Add(1)
 	t.unqueue(o, 0)
 	return x
 }
 
-// enlarge gives x, which has a place, n more of them.
-func (t *turns[K, T]) enlarge(x T, n int) {
+// Enlarge gives x, which has a place, n more of them.
+func (t *Queue[K, T]) Enlarge(x T, n int) {
 	o := t.owners[t.ownerOf(x)]
 	o.held += n
-	t.held.Add(int32(n))
+	t.Held.Add(int32(n))
 	t.rank(o)
 }
 
-// leave gives back the n places that x has.
-func (t *turns[K, T]) leave(x T, n int) {
+// Leave gives back the n places that x has.
+func (t *Queue[K, T]) Leave(x T, n int) {
 	o := t.owners[t.ownerOf(x)]
-	o.holding = deleteAt(o.holding, lastIndex(o.holding, x))
+	o.holding = TakeOut(o.holding, x)
 	o.held -= n
-	t.held.Add(-int32(n))
+	t.Held.Add(-int32(n))
 	t.rank(o)
 }
 
-// drop takes the oldest out of the longest queue. Somebody waits.
-func (t *turns[K, T]) drop() T {
+// Drop takes the oldest out of the longest queue. Somebody waits.
+func (t *Queue[K, T]) Drop() T {
 	o := t.queues.list[0]
 	x := o.waiting[0]
 	t.unqueue(o, 0)
 	return x
 }
 
-// longest is the oldest of the longest queue, and how long that is; 0 if nobody waits.
-func (t *turns[K, T]) longest() (x T, n int) {
+// Longest is the oldest of the longest queue, and how long that is; 0 if nobody waits.
+func (t *Queue[K, T]) Longest() (x T, n int) {
 	if len(t.queues.list) == 0 {
 		return x, 0
 	}
@@ -138,16 +142,16 @@ func (t *turns[K, T]) longest() (x T, n int) {
 	return waiting[0], len(waiting)
 }
 
-// holds is how many places the owner of x has.
-func (t *turns[K, T]) holds(x T) int {
+// Holds is how many places the owner of x has.
+func (t *Queue[K, T]) Holds(x T) int {
 	if o := t.owners[t.ownerOf(x)]; o != nil {
 		return o.held
 	}
 	return 0
 }
 
-// richest are those who have the places of the owner with the most of them, the oldest first.
-func (t *turns[K, T]) richest() []T {
+// Richest are those who have the places of the owner with the most of them, the oldest first.
+func (t *Queue[K, T]) Richest() []T {
 	if len(t.holders.list) == 0 {
 		return nil
 	}
@@ -155,7 +159,7 @@ func (t *turns[K, T]) richest() []T {
 }
 
 // owner finds an owner, or makes one.
-func (t *turns[K, T]) owner(key K) *claimant[K, T] {
+func (t *Queue[K, T]) owner(key K) *claimant[K, T] {
 	o := t.owners[key]
 	if o == nil {
 		if n := len(t.free); n > 0 {
@@ -173,7 +177,7 @@ func (t *turns[K, T]) owner(key K) *claimant[K, T] {
 const spareOwners = 16
 
 // rank puts an owner where it belongs after a change, and forgets one that neither waits nor has a place.
-func (t *turns[K, T]) rank(o *claimant[K, T]) {
+func (t *Queue[K, T]) rank(o *claimant[K, T]) {
 	t.ready.put(o, len(o.waiting) > 0)
 	t.queues.put(o, len(o.waiting) > 0)
 	t.holders.put(o, len(o.holding) > 0)
@@ -188,8 +192,8 @@ func (t *turns[K, T]) rank(o *claimant[K, T]) {
 	}
 }
 
-// deleteAt removes the element at i. The first one is the usual one, and nothing is moved for it.
-func deleteAt[T any](list []T, i int) []T {
+// DeleteAt removes the element at i. The first one is the usual one, and nothing is moved for it.
+func DeleteAt[T any](list []T, i int) []T {
 	if i > 0 || len(list) == 1 {
 		return slices.Delete(list, i, i+1)
 	}
@@ -198,14 +202,13 @@ func deleteAt[T any](list []T, i int) []T {
 	return list[1:]
 }
 
-// lastIndex looks for x from the end: whoever came last leaves soonest, as a rule.
-func lastIndex[T comparable](list []T, x T) int {
-	for i := len(list) - 1; i > 0; i-- {
-		if list[i] == x {
-			return i
-		}
+// TakeOut removes x, which is in the list. It looks from the end: whoever came last leaves soonest, as a rule.
+func TakeOut[T comparable](list []T, x T) []T {
+	i := len(list) - 1
+	for i > 0 && list[i] != x {
+		i--
 	}
-	return 0
+	return DeleteAt(list, i)
 }
 
 // ranking is a heap of owners.
