@@ -41,7 +41,7 @@ type CheckInfo struct {
 // Backends are the addresses that the map's backends lead to now, those that are not up first, then by address; at most
 // limit of them, and how many there are in all. Ports of a range are there once somebody has connected to them.
 func (g *Gateway) Backends(limit int) (infos []BackendInfo, total int) {
-	p := g.pool()
+	p := g.roster()
 	slices.SortFunc(p.servers, func(a, b *server) int { return cmp.Or(cmp.Compare(fitness(b), fitness(a)), byAddress(a, b)) })
 	return p.infos(g.keeper, min(limit, len(p.servers))), len(p.servers)
 }
@@ -57,7 +57,7 @@ type BackendSums struct {
 // BackendsInOrder are the first backends by address, at most limit of them: always the same ones, whatever their states.
 // The sums are those of the others.
 func (g *Gateway) BackendsInOrder(limit int) (infos []BackendInfo, others BackendSums) {
-	p := g.pool()
+	p := g.roster()
 	slices.SortFunc(p.servers, byAddress)
 	n := min(limit, len(p.servers))
 	for _, s := range p.servers[n:] {
@@ -69,15 +69,15 @@ func (g *Gateway) BackendsInOrder(limit int) (infos []BackendInfo, others Backen
 	return p.infos(g.keeper, n), others
 }
 
-// pool is the servers of the current map, each once, with the number of rules that have it and what these call it.
-type pool struct {
+// roster is the servers of the current map, each once, with the number of rules that have it and what these call it.
+type roster struct {
 	servers []*server
 	rules   map[*server]int
 	names   map[*server][]string
 }
 
-func (g *Gateway) pool() *pool {
-	p := &pool{rules: map[*server]int{}, names: map[*server][]string{}}
+func (g *Gateway) roster() *roster {
+	p := &roster{rules: map[*server]int{}, names: map[*server][]string{}}
 	for _, r := range g.current.Load().routes {
 		r.eachServer(func(b *backend, s *server) {
 			if p.rules[s]++; p.rules[s] == 1 {
@@ -94,7 +94,7 @@ func (g *Gateway) pool() *pool {
 func byAddress(a, b *server) int { return cmp.Or(a.addr.Compare(b.addr), cmp.Compare(a.name, b.name)) }
 
 // infos is about the first n servers.
-func (p *pool) infos(k *keeper, n int) (infos []BackendInfo) {
+func (p *roster) infos(k *keeper, n int) (infos []BackendInfo) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, s := range p.servers[:n] {
@@ -195,7 +195,7 @@ func (g *Gateway) OrderBackend(word string, order BackendOrder) ([]string, error
 		mask := isDraining | isMaintained
 		if order == ReadyBackend {
 			mask |= isEjected
-			s.probe.stop()
+			s.probe.Stop()
 		}
 		k.change(s, mask, mark, asTold)
 	}

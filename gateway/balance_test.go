@@ -292,7 +292,7 @@ func TestNamesThatMoveLeaveNothingBehind(t *testing.T) {
 	if len(k.servers) != 2 {
 		t.Errorf("%d servers are known, and the map leads to 2", len(k.servers))
 	}
-	if !gone.probe.stopped() {
+	if !gone.probe.Stopped() {
 		t.Error("an address that nobody leads to is tried for ever")
 	}
 	if k.servers[serverKey{addr: netip.MustParseAddrPort("10.0.0.1:80")}] == nil {

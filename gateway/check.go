@@ -18,6 +18,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
+
 	"github.com/pires/go-proxyproto"
 	"golang.org/x/sys/unix"
 
@@ -44,7 +46,7 @@ type check struct {
 	name       string            // that it is asked for, or its address
 	encryption *encryption       // of a tls:// backend: how connections speak to it
 
-	errand *errand
+	task   *pool.Task
 	begun  bool // it has answered once, or failed to
 	up     bool
 	streak int // checks in a row that say otherwise than up
@@ -79,7 +81,7 @@ func (k *keeper) check(gen *generation) {
 	}
 	for key, c := range k.checks {
 		if wanted[key] == nil {
-			c.errand.stop()
+			c.task.Stop()
 			delete(k.checks, key)
 			s := key.server
 			s.checks = slices.DeleteFunc(s.checks, func(x *check) bool { return x == c })
@@ -167,40 +169,40 @@ func (k *keeper) keepChecking(key checkKey, w *check) {
 		if !sooner {
 			return
 		}
-		c.errand.stop()
-		c.errand = k.errands.startFor(checkErrand, c.server.machine(), jittered(c.every), func(e *errand) time.Duration { return k.runCheck(e, c) })
+		c.task.Stop()
+		c.task = k.tasks.StartFor(pool.CheckTask, c.server.machine(), pool.Jittered(c.every), func(e *pool.Task) time.Duration { return k.runCheck(e, c) })
 		return
 	}
 	k.checks[key] = w
 	key.server.checks = append(key.server.checks, w)
 	soon := time.Duration(rand.Int64N(int64(min(w.every, firstChecks))))
-	w.errand = k.errands.startFor(checkErrand, w.server.machine(), soon, func(e *errand) time.Duration { return k.runCheck(e, w) })
+	w.task = k.tasks.StartFor(pool.CheckTask, w.server.machine(), soon, func(e *pool.Task) time.Duration { return k.runCheck(e, w) })
 }
 
 // runCheck asks, and says when to ask again.
-func (k *keeper) runCheck(e *errand, c *check) time.Duration {
+func (k *keeper) runCheck(e *pool.Task, c *check) time.Duration {
 	k.mu.Lock()
 	asked := *c
 	k.mu.Unlock()
 	if c.server.state.Load()&isMaintained != 0 {
-		return jittered(asked.every)
+		return pool.Jittered(asked.every)
 	}
 	began := time.Now()
-	err := asked.ask(e.ctx, min(asked.every, maxCheckTime))
+	err := asked.ask(e.Context(), min(asked.every, maxCheckTime))
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
-	case e.stopped():
-		return never
+	case e.Stopped():
+		return pool.Never
 	case ownLack(err): // it was not made: what is known stays
 		k.gw.short(lackInCheck, err, c.server.name)
-		return jittered(min(c.every, lackPause))
+		return pool.Jittered(min(c.every, lackPause))
 	}
 	c.err, c.took, c.at = err, time.Since(began), began
 	if c.answered(err) {
 		k.judge(c.server)
 	}
-	return jittered(c.every)
+	return pool.Jittered(c.every)
 }
 
 // answered counts an answer, and says whether it changes what the check thinks of the server. The first one decides

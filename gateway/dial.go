@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/gate"
@@ -233,7 +235,7 @@ func (c *conn) searched() stage {
 	case len(d.errs) == 0:
 		return c.unconnected(NoBackend, d.nobody(c))
 	case d.busy > 0 && c.loop.now+int64(maxBusyPause) < d.until:
-		c.setDeadline(int64(jittered(min(minBusyPause<<d.waits, maxBusyPause))))
+		c.setDeadline(int64(pool.Jittered(min(minBusyPause<<d.waits, maxBusyPause))))
 		d.waits = min(d.waits+1, 8) // of which 4 make the longest pause
 		return connecting
 	case d.again && d.round < r.retries && c.loop.now+pause < d.until:

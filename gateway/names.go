@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
+
 	"go.uber.org/zap"
 
 	"github.com/tlsnat/tlsnat/natmap"
@@ -27,7 +29,7 @@ type name struct {
 	leads atomic.Pointer[[]lead]
 
 	// The keeper's, under its lock.
-	errand  *errand
+	task    *pool.Task
 	failing bool
 	lacks   string // what was missing of its last answer
 }
@@ -122,7 +124,7 @@ func (gen *generation) resolve(ctx context.Context) (problems []string) {
 }
 
 // lookupsAtOnce is how many names the start and a reload look up at the same time: half of the descriptors that tasks may have.
-const lookupsAtOnce = errandsAtOnce / 2
+const lookupsAtOnce = pool.TasksAtOnce / 2
 
 // firstPatience is how long each of n names is waited for: so long that all have had their turn when firstLookups is over, though
 // most of them are not answered. A name that would have been answered later is looked up again at once (follow).
@@ -137,27 +139,27 @@ func (k *keeper) follow(gen *generation) {
 		for _, r := range routes {
 			r.choose() // the name may lead elsewhere since the generation was made
 		}
-		if n.errand == nil {
+		if n.task == nil {
 			soon := minTTL
 			if n.leads.Load() == nil {
 				soon = minPause
 			}
-			n.errand = k.errands.startFor(nameErrand, n.host, jittered(soon), func(e *errand) time.Duration { return k.lookUp(e, n) })
+			n.task = k.tasks.StartFor(pool.LookupTask, n.host, pool.Jittered(soon), func(e *pool.Task) time.Duration { return k.lookUp(e, n) })
 		}
 	}
 }
 
 // lookUp looks a name up again, and says when the next time is.
-func (k *keeper) lookUp(e *errand, n *name) time.Duration {
-	a, err := n.lookup(e.ctx, k.gw.settings.Resolver)
+func (k *keeper) lookUp(e *pool.Task, n *name) time.Duration {
+	a, err := n.lookup(e.Context(), k.gw.settings.Resolver)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch before := n.leads.Load(); {
-	case e.stopped():
-		return never
+	case e.Stopped():
+		return pool.Never
 	case ownLack(err):
 		k.gw.short(lackInLookup, err, n.host)
-		return jittered(lackPause)
+		return pool.Jittered(lackPause)
 	case err != nil:
 		return k.notFound(n, err)
 	case before == nil || !slices.EqualFunc(*before, a.leads, lead.equal):
@@ -168,7 +170,7 @@ func (k *keeper) lookUp(e *errand, n *name) time.Duration {
 		k.gw.log.Warn("look up backend "+n.host+": the rest leads where it led before", zap.String("error", a.lacks))
 	}
 	n.failing, n.lacks = false, a.lacks
-	return jittered(a.ttl)
+	return pool.Jittered(a.ttl)
 }
 
 // notFound is told of a lookup that failed, and says when the next one is. The keeper's lock is held.
@@ -181,7 +183,7 @@ func (k *keeper) notFound(n *name, err error) time.Duration {
 		k.gw.log.Warn("look up backend "+n.host+where, zap.Error(err))
 	}
 	n.failing = true
-	return jittered(again)
+	return pool.Jittered(again)
 }
 
 // moved makes the choices of the routes anew that have a name, and looks after the servers that are new, not after those

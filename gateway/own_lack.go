@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 )
@@ -195,7 +197,7 @@ func whileBusy[T any](ctx context.Context, connect func() (T, error)) (T, error)
 		select {
 		case <-ctx.Done():
 			return got, errBusy
-		case <-time.After(jittered(pause)):
+		case <-time.After(pool.Jittered(pause)):
 		}
 	}
 }

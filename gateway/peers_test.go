@@ -1624,7 +1624,7 @@ func TestClientWithoutAName(t *testing.T) {
 	if leaf := c.ConnectionState().PeerCertificates[0]; leaf.VerifyHostname("x.wild.test") != nil {
 		t.Errorf("the certificate is for %v", leaf.DNSNames)
 	}
-	if _, err := c.ConnectionState().PeerCertificates[0].Verify(x509.VerifyOptions{Roots: pki(t).roots(), Intermediates: pool(c)}); err != nil {
+	if _, err := c.ConnectionState().PeerCertificates[0].Verify(x509.VerifyOptions{Roots: pki(t).roots(), Intermediates: intermediates(c)}); err != nil {
 		t.Errorf("the chain: %v", err)
 	}
 	_ = c.Close()
@@ -1637,7 +1637,7 @@ func TestClientWithoutAName(t *testing.T) {
 	b.lineOf(t, d).expect(t, logLine{Outcome: "unknown_name", Alert: "unrecognized_name"})
 }
 
-func pool(c *tls.Conn) *x509.CertPool {
+func intermediates(c *tls.Conn) *x509.CertPool {
 	pool := x509.NewCertPool()
 	for _, cert := range c.ConnectionState().PeerCertificates[1:] {
 		pool.AddCert(cert)

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
+
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -45,10 +47,10 @@ type server struct {
 	// The keeper's, under its lock.
 	changed  time.Time // of state
 	checks   []*check
-	probe    *errand // tries to connect to it while it is ejected
+	probe    *pool.Task // tries to connect to it while it is ejected
 	pause    time.Duration
 	returned time.Time // when it was connected to again after an ejection
-	rests    bool      // an errand will end its slow start
+	rests    bool      // a task will end its slow start
 
 	asked uint64 // for, when forget came so often; under the lock of what is known
 }
@@ -170,8 +172,8 @@ func stateWord(state uint32) string {
 // keeper looks after the servers: it knows them by address, has them checked, lets them back in, and heeds what an
 // operator says about them. Nothing of it runs on a loop.
 type keeper struct {
-	gw      *Gateway
-	errands *errands
+	gw    *Gateway
+	tasks *pool.Tasks
 
 	known   sync.Mutex // over these, and never held for long: a loop may take it
 	servers map[serverKey]*server
@@ -192,7 +194,7 @@ type serverKey struct {
 }
 
 func newKeeper(g *Gateway) *keeper {
-	return &keeper{gw: g, errands: newErrands(), servers: map[serverKey]*server{}, names: map[string]*name{},
+	return &keeper{gw: g, tasks: pool.NewTasks(), servers: map[serverKey]*server{}, names: map[string]*name{},
 		marks: map[string]uint32{}, checks: map[checkKey]*check{}}
 }
 
@@ -290,7 +292,7 @@ func (k *keeper) warm(s *server) {
 		s.state.Or(isWarming)
 		if !s.rests {
 			s.rests = true
-			k.errands.start(k.slowest, func(*errand) time.Duration { return k.warmed(s) })
+			k.tasks.Start(k.slowest, func(*pool.Task) time.Duration { return k.warmed(s) })
 		}
 	}
 	k.gw.callWaiting()
@@ -306,7 +308,7 @@ func (k *keeper) warmed(s *server) time.Duration {
 	}
 	s.state.And(^isWarming)
 	s.rests = false
-	return never
+	return pool.Never
 }
 
 const (
@@ -333,19 +335,19 @@ func (k *keeper) ejected(s *server, trial func(context.Context) error, why strin
 	if time.Since(s.returned) > relapse {
 		s.pause = 0
 	}
-	s.probe.stop()
-	s.probe = k.errands.startFor(probeErrand, s.machine(), k.pause(s), func(e *errand) time.Duration {
-		return k.probed(e, s, trial(e.ctx))
+	s.probe.Stop()
+	s.probe = k.tasks.StartFor(pool.ProbeTask, s.machine(), k.pause(s), func(e *pool.Task) time.Duration {
+		return k.probed(e, s, trial(e.Context()))
 	})
 }
 
 // suspect puts a server out to which connects from clients' addresses fail, if one from our own fails as well.
 func (k *keeper) suspect(s *server, trial func(context.Context) error, why string) {
-	k.errands.start(0, func(e *errand) time.Duration {
-		err := trial(e.ctx)
+	k.tasks.Start(0, func(e *pool.Task) time.Duration {
+		err := trial(e.Context())
 		defer s.doubt.Store(false)
 		switch {
-		case e.stopped():
+		case e.Stopped():
 		case ownLack(err):
 			k.gw.short(lackInCheck, err, s.name)
 		case err == nil, errors.Is(err, unix.EAGAIN) && s.unix != "":
@@ -353,32 +355,32 @@ func (k *keeper) suspect(s *server, trial func(context.Context) error, why strin
 		case s.state.Or(isEjected)&isEjected == 0:
 			k.ejected(s, trial, "connects fail, from clients' addresses ("+why+") and from our own: "+err.Error())
 		}
-		return never
+		return pool.Never
 	})
 }
 
 func (k *keeper) pause(s *server) time.Duration {
 	s.pause = min(max(2*s.pause, minPause), maxPause)
-	return jittered(s.pause)
+	return pool.Jittered(s.pause)
 }
 
 // probed is what came of a try. It says when the next one is.
-func (k *keeper) probed(e *errand, s *server, err error) time.Duration {
+func (k *keeper) probed(e *pool.Task, s *server, err error) time.Duration {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
-	case e.stopped():
-		return never
+	case e.Stopped():
+		return pool.Never
 	case ownLack(err):
 		k.gw.short(lackInCheck, err, s.name)
-		return jittered(lackPause)
+		return pool.Jittered(lackPause)
 	case errors.Is(err, unix.EAGAIN) && s.unix != "": // it listens, and has a lot to do
 	case err != nil:
 		return k.pause(s)
 	}
 	s.returned = time.Now()
 	k.change(s, isEjected, 0, "it can be connected to again")
-	return never
+	return pool.Never
 }
 
 // cutConnections ends the connections to a server, of rules that say on-down=cut. Those that are about to have one look
@@ -421,9 +423,6 @@ func (g *Gateway) cuts() bool {
 	return gen != nil && gen.cuts
 }
 
-// never is a time until the next turn that does not come.
-const never = time.Duration(-1)
-
 // adopt makes a generation the one whose servers are looked after.
 func (k *keeper) adopt(gen *generation) {
 	k.mu.Lock()
@@ -451,17 +450,17 @@ func (k *keeper) forget(gen *generation) {
 	defer k.known.Unlock()
 	for key, s := range k.servers {
 		if !leads[s] && s.asked < k.forgot && s.open.Load() == 0 {
-			s.probe.stop()
+			s.probe.Stop()
 			delete(k.servers, key)
 		}
 	}
 	for key, n := range k.names {
 		if gen.names[n] == nil {
-			n.errand.stop()
+			n.task.Stop()
 			delete(k.names, key)
 		}
 	}
 }
 
 // close ends everything that the keeper has going.
-func (k *keeper) close() { k.errands.close() }
+func (k *keeper) close() { k.tasks.Close() }

@@ -217,7 +217,7 @@ func (g *Gateway) sum(s *Status) {
 	s.Bytes.Spliced = g.total(func(n *counters) *atomic.Uint64 { return &n.spliced })
 	s.Shortages = slices.DeleteFunc(g.Shortages(), func(x Shortage) bool { return x.Count == 0 })
 	s.Memory.Limit = int64(g.settings.Memory)
-	s.Tasks.Running, s.Tasks.Waiting = g.keeper.errands.status()
+	s.Tasks.Running, s.Tasks.Waiting = g.keeper.tasks.Status()
 	for _, l := range g.loops {
 		s.Memory.Used += l.counters.lent.Load()
 	}

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+// Package pool has what goes on beside the loops so that a backend answers: tasks that are done again and again, such as
+// checks and lookups of names. It knows no connection.
+package pool
 
 import (
 	"container/heap"
@@ -14,10 +16,10 @@ import (
 	"github.com/tlsnat/tlsnat/gateway/turns"
 )
 
-// errands are things that are done again and again beside the loops: checks, tries, lookups. All of the process share
+// Tasks are things that are done again and again beside the loops: checks, tries, lookups. All of the process share
 // one, so that there is a bound to what is done at once, and so that several that are due are done in one wake of the
 // process: to wake a thread for each costs ten times what a check does.
-type errands struct {
+type Tasks struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	made   time.Time
@@ -26,59 +28,63 @@ type errands struct {
 	over    bool
 	handing bool // what is due is being handed out
 	agenda  agenda
-	due     [errandKinds * 2]turns.Queue[string, *errand] // what is due and what runs, by class
-	turn    int                                           // the class that had the last turn
-	timer   *time.Timer                                   // until the first of the agenda is due
+	due     [taskKinds * 2]turns.Queue[string, *Task] // what is due and what runs, by class
+	turn    int                                       // the class that had the last turn
+	timer   *time.Timer                               // until the first of the agenda is due
 	running sync.WaitGroup
 }
 
-// errandsAtOnce bounds goroutines and descriptors: with connects that take their whole timeout of some seconds as many
+// TasksAtOnce bounds goroutines and descriptors: with connects that take their whole timeout of some seconds as many
 // are begun each second as there are backends that don't answer in a large map.
-const errandsAtOnce = 512
+const TasksAtOnce = 512
 
-// errandKind is what an errand does. Each kind has two classes: errands that were quick the last time, and the others. A class may
+// Never is a time until the next turn that does not come.
+const Never = time.Duration(-1)
+
+// TaskKind is what a task does. Each kind has two classes: tasks that were quick the last time, and the others. A class may
 // have as many places as are free besides, and an owner in it as many as are left of those. So machines and DNS servers that do
 // not answer take half of all places, and hold up neither other kinds nor what is answered.
-type errandKind uint8
+type TaskKind uint8
 
 const (
-	someErrand errandKind = iota
-	checkErrand
-	nameErrand
-	probeErrand
-	errandKinds
+	someTask   TaskKind = iota
+	CheckTask           // whether a server is fit
+	LookupTask          // where a name leads
+	ProbeTask           // whether an ejected server is back
+	taskKinds
 )
 
-// quickErrand bounds what is quick: an answer that is not lost on the way is there within this time.
-const quickErrand = time.Second
+// quickTask bounds what is quick: an answer that is not lost on the way is there within this time.
+const quickTask = time.Second
 
-func newErrands() *errands {
-	e := &errands{made: time.Now()}
+// NewTasks makes an empty set of tasks. Close ends it.
+func NewTasks() *Tasks {
+	e := &Tasks{made: time.Now()}
 	for i := range e.due {
-		e.due[i] = turns.New(func(x *errand) string { return x.owner })
+		e.due[i] = turns.New(func(x *Task) string { return x.owner })
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.timer = time.AfterFunc(forever, e.hand)
+	e.timer = time.AfterFunc(time.Hour, e.hand) // enter sets its time; one that comes early does no harm
 	return e
 }
 
-// errand is one of them. A nil errand is over.
-type errand struct {
+// Task is one of them. A nil task is over.
+type Task struct {
 	ctx context.Context
 	end context.CancelFunc
-	all *errands
-	do  func(*errand) time.Duration
-	due time.Duration // after its errands were made
+	all *Tasks
+	do  func(*Task) time.Duration
+	due time.Duration // since Tasks was made
 	at  int           // of the agenda; -1: not there
 
-	kind  errandKind
-	owner string                        // the machine that is asked
-	class *turns.Queue[string, *errand] // that it waits or runs in; nil: in none
-	quick bool                          // it was, the last time
+	kind  TaskKind
+	owner string                      // the machine that is asked
+	class *turns.Queue[string, *Task] // that it waits or runs in; nil: in none
+	quick bool                        // it was, the last time
 }
 
 // agenda is who waits, as a heap: who is due next comes first.
-type agenda []*errand
+type agenda []*Task
 
 func (a agenda) Len() int           { return len(a) }
 func (a agenda) Less(i, j int) bool { return a[i].due < a[j].due }
@@ -89,8 +95,8 @@ func (a agenda) Swap(i, j int) {
 }
 
 func (a *agenda) Push(x any) {
-	x.(*errand).at = len(*a)
-	*a = append(*a, x.(*errand))
+	x.(*Task).at = len(*a)
+	*a = append(*a, x.(*Task))
 }
 
 func (a *agenda) Pop() any {
@@ -101,15 +107,15 @@ func (a *agenda) Pop() any {
 	return x
 }
 
-// start has do run once in has passed, and again when the time has passed that it returns, until that is never. The time
+// Start has do run once in has passed, and again when the time has passed that it returns, until that is Never. The time
 // is kept to an eighth (see coarse).
-func (e *errands) start(in time.Duration, do func(*errand) time.Duration) *errand {
-	return e.startFor(someErrand, "", in, do)
+func (e *Tasks) Start(in time.Duration, do func(*Task) time.Duration) *Task {
+	return e.StartFor(someTask, "", in, do)
 }
 
-// startFor is start for an errand of a kind, which asks owner.
-func (e *errands) startFor(kind errandKind, owner string, in time.Duration, do func(*errand) time.Duration) *errand {
-	x := &errand{all: e, do: do, at: -1, kind: kind, owner: owner}
+// StartFor is Start for a task of a kind, which asks owner.
+func (e *Tasks) StartFor(kind TaskKind, owner string, in time.Duration, do func(*Task) time.Duration) *Task {
+	x := &Task{all: e, do: do, at: -1, kind: kind, owner: owner}
 	x.ctx, x.end = context.WithCancel(e.ctx)
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -121,8 +127,8 @@ func (e *errands) startFor(kind errandKind, owner string, in time.Duration, do f
 	return x
 }
 
-// enter puts an errand on the agenda. The lock is held.
-func (e *errands) enter(x *errand, in time.Duration) {
+// enter puts a task on the agenda. The lock is held.
+func (e *Tasks) enter(x *Task, in time.Duration) {
 	x.due = coarse(time.Since(e.made), in)
 	heap.Push(&e.agenda, x)
 	if x.at == 0 && !e.handing {
@@ -131,7 +137,7 @@ func (e *errands) enter(x *errand, in time.Duration) {
 }
 
 // setTimer has what is due first be handed out when it is. The lock is held.
-func (e *errands) setTimer() {
+func (e *Tasks) setTimer() {
 	if len(e.agenda) > 0 {
 		e.timer.Reset(e.agenda[0].due - time.Since(e.made))
 	}
@@ -147,22 +153,22 @@ func coarse(now, in time.Duration) time.Duration {
 
 // hand starts what is due, one after the other, and yields in between, so that a burst of them does not starve other goroutines.
 // What finds no place waits for its turn.
-func (e *errands) hand() {
+func (e *Tasks) hand() {
 	for x := e.next(); x != nil; x = e.next() {
 		go x.run()
 		runtime.Gosched()
 	}
 }
 
-// next is the errand whose turn it is, as one that runs; nil: nothing is due, or no place is free.
-func (e *errands) next() *errand {
+// next is the task whose turn it is, as one that runs; nil: nothing is due, or no place is free.
+func (e *Tasks) next() *Task {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.handing = false; e.over {
 		return nil
 	}
 	for len(e.agenda) > 0 && e.agenda[0].due <= time.Since(e.made) {
-		x := heap.Pop(&e.agenda).(*errand)
+		x := heap.Pop(&e.agenda).(*Task)
 		x.class = &e.due[2*int(x.kind)]
 		if x.quick {
 			x.class = &e.due[2*int(x.kind)+1]
@@ -180,8 +186,8 @@ func (e *errands) next() *errand {
 }
 
 // classWithTurn is the next class in which somebody waits and may have a place; nil: none. The lock is held.
-func (e *errands) classWithTurn() *turns.Queue[string, *errand] {
-	free := errandsAtOnce
+func (e *Tasks) classWithTurn() *turns.Queue[string, *Task] {
+	free := TasksAtOnce
 	for i := range e.due {
 		free -= int(e.due[i].Held.Load())
 	}
@@ -195,8 +201,8 @@ func (e *errands) classWithTurn() *turns.Queue[string, *errand] {
 	return nil
 }
 
-// status is how many run, and how many are due and wait for a place.
-func (e *errands) status() (running, waiting int) {
+// Status is how many run, and how many are due and wait for a place.
+func (e *Tasks) Status() (running, waiting int) {
 	for i := range e.due {
 		running += int(e.due[i].Held.Load())
 		waiting += int(e.due[i].Waiting.Load())
@@ -204,17 +210,17 @@ func (e *errands) status() (running, waiting int) {
 	return running, waiting
 }
 
-func (x *errand) run() {
+func (x *Task) run() {
 	e := x.all
 	defer e.running.Done()
-	next, began := never, time.Now()
-	if !x.stopped() {
+	next, began := Never, time.Now()
+	if !x.Stopped() {
 		next = x.do(x)
 	}
 	e.mu.Lock()
 	x.class.Leave(x, 1)
-	x.class, x.quick = nil, time.Since(began) < quickErrand
-	if next < 0 || e.over || x.stopped() {
+	x.class, x.quick = nil, time.Since(began) < quickTask
+	if next < 0 || e.over || x.Stopped() {
 		x.end()
 	} else {
 		e.enter(x, next)
@@ -226,8 +232,11 @@ func (x *errand) run() {
 	}
 }
 
-// stop ends an errand. One that is running is told so by its context, and by stopped.
-func (x *errand) stop() {
+// Context ends when the task is stopped.
+func (x *Task) Context() context.Context { return x.ctx }
+
+// Stop ends a task. One that is running is told so by its context, and by Stopped.
+func (x *Task) Stop() {
 	if x == nil {
 		return
 	}
@@ -241,10 +250,11 @@ func (x *errand) stop() {
 	}
 }
 
-func (x *errand) stopped() bool { return x.ctx.Err() != nil }
+// Stopped reports whether a task has been stopped, by itself or with all.
+func (x *Task) Stopped() bool { return x.ctx.Err() != nil }
 
-// close ends all, and waits for those that are running.
-func (e *errands) close() {
+// Close ends all, and waits for those that are running.
+func (e *Tasks) Close() {
 	e.mu.Lock()
 	e.over = true
 	e.timer.Stop()
@@ -253,7 +263,7 @@ func (e *errands) close() {
 	e.running.Wait()
 }
 
-// jittered is d give or take a tenth: what began at once drifts apart.
-func jittered(d time.Duration) time.Duration {
+// Jittered is d give or take a tenth: what began at once drifts apart.
+func Jittered(d time.Duration) time.Duration {
 	return d + time.Duration((rand.Float64()-0.5)*0.2*float64(d))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package gateway
+package pool
 
 import (
 	"fmt"
@@ -11,21 +11,21 @@ import (
 	"time"
 )
 
-// TestErrandsShareWakes: a hundred that are done every five seconds, give or take a tenth, wake the process twice a second
+// TestTasksShareWakes: a hundred that are done every five seconds, give or take a tenth, wake the process twice a second
 // and not twenty times; and each is as often done as it would be on its own.
-func TestErrandsShareWakes(t *testing.T) {
+func TestTasksShareWakes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const many, every, rounds = 100, 5 * time.Second, 20
-		e := newErrands()
-		defer e.close()
+		e := NewTasks()
+		defer e.Close()
 		wakes, done := map[time.Time]bool{}, make([]int, many)
 		for i := range many {
-			e.start(time.Duration(rand.Int64N(int64(every))), func(*errand) time.Duration {
+			e.Start(time.Duration(rand.Int64N(int64(every))), func(*Task) time.Duration {
 				e.mu.Lock()
 				defer e.mu.Unlock()
 				wakes[time.Now()] = true
 				done[i]++
-				return jittered(every)
+				return Jittered(every)
 			})
 		}
 		time.Sleep(rounds * every)
@@ -34,7 +34,7 @@ func TestErrandsShareWakes(t *testing.T) {
 		defer e.mu.Unlock()
 		for i, n := range done {
 			if n < rounds*9/10-1 || n > rounds*11/10+2 {
-				t.Errorf("errand %d was done %d times in %d rounds", i, n, rounds)
+				t.Errorf("task %d was done %d times in %d rounds", i, n, rounds)
 			}
 		}
 		if most := int(rounds * every / (400 * time.Millisecond)); len(wakes) > most {
@@ -57,48 +57,48 @@ func TestCoarseTimesAreNear(t *testing.T) {
 	}
 }
 
-// TestErrandsAreBounded: one machine has a third of all places at most, the others when it is their turn; one that is stopped is
-// not done, one that says never is not done again, and nothing is when all have ended.
-func TestErrandsAreBounded(t *testing.T) {
+// TestTasksAreBounded: one machine has a third of all places at most, the others when it is their turn; one that is stopped is
+// not done, one that says Never is not done again, and nothing is when all have ended.
+func TestTasksAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e := newErrands()
+		e := NewTasks()
 		var begun, undone atomic.Int32
 		release := make(chan struct{})
-		for range errandsAtOnce + 100 {
-			e.start(time.Second, func(*errand) time.Duration {
+		for range TasksAtOnce + 100 {
+			e.Start(time.Second, func(*Task) time.Duration {
 				begun.Add(1)
 				<-release
-				return never
+				return Never
 			})
 		}
-		stopped := e.start(time.Minute, func(*errand) time.Duration {
+		stopped := e.Start(time.Minute, func(*Task) time.Duration {
 			undone.Add(1)
-			return never
+			return Never
 		})
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if n := begun.Load(); n != errandsAtOnce/3+1 {
+		if n := begun.Load(); n != TasksAtOnce/3+1 {
 			t.Errorf("%d run at once", n)
 		}
 		close(release)
 		synctest.Wait()
-		if n := begun.Load(); n != errandsAtOnce+100 {
+		if n := begun.Load(); n != TasksAtOnce+100 {
 			t.Errorf("%d were done", n)
 		}
-		stopped.stop()
-		stopped.stop()
+		stopped.Stop()
+		stopped.Stop()
 		time.Sleep(time.Hour)
-		if n, m := begun.Load(), undone.Load(); n != errandsAtOnce+100 || m != 0 || len(e.agenda) != 0 {
+		if n, m := begun.Load(), undone.Load(); n != TasksAtOnce+100 || m != 0 || len(e.agenda) != 0 {
 			t.Errorf("later %d were done, and %d that were stopped; %d wait", n, m, len(e.agenda))
 		}
-		e.start(time.Minute, func(*errand) time.Duration {
+		e.Start(time.Minute, func(*Task) time.Duration {
 			undone.Add(1)
 			return time.Minute
 		})
-		e.close()
-		e.start(0, func(*errand) time.Duration {
+		e.Close()
+		e.Start(0, func(*Task) time.Duration {
 			undone.Add(1)
-			return never
+			return Never
 		})
 		time.Sleep(time.Hour)
 		if n := undone.Load(); n != 0 {
@@ -107,41 +107,41 @@ func TestErrandsAreBounded(t *testing.T) {
 	})
 }
 
-// TestErrandsThatHangHoldUpNobody: names that are not answered, and checks of machines that do not answer, leave places for what is
+// TestTasksThatHangHoldUpNobody: names that are not answered, and checks of machines that do not answer, leave places for what is
 // answered and for other kinds.
-func TestErrandsThatHangHoldUpNobody(t *testing.T) {
+func TestTasksThatHangHoldUpNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e := newErrands()
-		defer e.close()
+		e := NewTasks()
+		defer e.Close()
 		var quick, other atomic.Int32
-		rounds := func(n *atomic.Int32) func(*errand) time.Duration {
-			return func(*errand) time.Duration {
+		rounds := func(n *atomic.Int32) func(*Task) time.Duration {
+			return func(*Task) time.Duration {
 				n.Add(1)
 				return time.Second
 			}
 		}
-		e.startFor(checkErrand, "quick", time.Second, rounds(&quick))
+		e.StartFor(CheckTask, "quick", time.Second, rounds(&quick))
 		time.Sleep(2500 * time.Millisecond)
-		hang := func(x *errand) time.Duration {
+		hang := func(x *Task) time.Duration {
 			<-x.ctx.Done()
-			return never
+			return Never
 		}
 		for i := range 2000 {
-			e.startFor(nameErrand, fmt.Sprint("name", i), 0, hang)
-			e.startFor(checkErrand, fmt.Sprint("host", i), 0, hang)
-			e.startFor(probeErrand, "one host", 0, hang)
+			e.StartFor(LookupTask, fmt.Sprint("name", i), 0, hang)
+			e.StartFor(CheckTask, fmt.Sprint("host", i), 0, hang)
+			e.StartFor(ProbeTask, "one host", 0, hang)
 		}
 		time.Sleep(time.Second)
 		before := quick.Load()
-		e.start(0, rounds(&other))
+		e.Start(0, rounds(&other))
 		time.Sleep(10 * time.Second)
 		if n := quick.Load() - before; n < 9 {
 			t.Errorf("a check that is answered was made %d times in 10 s", n)
 		}
 		if n := other.Load(); n < 9 {
-			t.Errorf("an errand of another kind was done %d times in 10 s", n)
+			t.Errorf("a task of another kind was done %d times in 10 s", n)
 		}
-		if running, waiting := e.status(); running > errandsAtOnce || running < errandsAtOnce/2 || waiting < 6000-errandsAtOnce {
+		if running, waiting := e.Status(); running > TasksAtOnce || running < TasksAtOnce/2 || waiting < 6000-TasksAtOnce {
 			t.Errorf("%d run at once, and %d wait", running, waiting)
 		}
 	})
