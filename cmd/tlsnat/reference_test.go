@@ -3,6 +3,7 @@
 package main
 
 import (
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -181,6 +183,39 @@ func TestDocumentsExplainEveryWordOfTheLog(t *testing.T) {
 			t.Errorf("%s: the page has %q, the gateway %q", heading, got, all)
 		}
 	}
+}
+
+// TestTroubleshootNamesAlertsAsTLSDoes: an operator looks an alert up by the name or the number that a client prints.
+func TestTroubleshootNamesAlertsAsTLSDoes(t *testing.T) {
+	rows := regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\(([0-9]+)\\) \\| ([^|]+) \\|").FindAllStringSubmatch(document(t, troublePage), -1)
+	if len(rows) < 6 {
+		t.Fatalf("the table of alerts has %d rows", len(rows))
+	}
+	for _, row := range rows {
+		number, err := strconv.ParseUint(row[2], 10, 8)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		real := strings.ReplaceAll(strings.TrimPrefix(tls.AlertError(number).Error(), "tls: "), " ", "_")
+		if !strings.HasPrefix(real, row[1]) { // "protocol version not supported" is protocol_version
+			t.Errorf("alert %d is %s, and not %s", number, real, row[1])
+		}
+		for word := range strings.SplitSeq(row[3], ", ") {
+			if !isOutcome(strings.Trim(word, "`")) {
+				t.Errorf("%s: there is no outcome %s", row[1], word)
+			}
+		}
+	}
+}
+
+func isOutcome(word string) bool {
+	for o := gateway.OK; o <= gateway.Internal; o++ {
+		if o.String() == word {
+			return true
+		}
+	}
+	return false
 }
 
 // firstColumn are the words in code type of the first column of the table with that heading.
