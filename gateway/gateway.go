@@ -37,6 +37,7 @@ import (
 
 // Gateway is a running gateway.
 type Gateway struct {
+	holds    atomic.Int32 // orders for which nothing is accepted (HoldAccepts)
 	settings config.Settings
 	started  time.Time
 	log      *zap.Logger

@@ -142,6 +142,10 @@ func (ln *listener) serve(gen *generation, rules *portRules) {
 func (ln *listener) ready(*socket, uint32) {
 	l := ln.loop
 	for range turnedAway {
+		if l.gw.holds.Load() > 0 {
+			ln.pause(minRest)
+			return
+		}
 		if refused := l.refusedNow; !ln.accept() || l.refusedNow == refused && l.queue.Waiting.Load() == 0 {
 			return
 		}
@@ -191,13 +195,25 @@ func (ln *listener) rest(e unix.Errno) {
 		l.gw.complain("accept", "can't accept connections; trying again", e, ln.name)
 	}
 	ln.backoff = min(max(2*ln.backoff, minRest), maxRest)
-	ln.paused = true
-	l.unwatchListener(ln)
 	l.counters.acceptRests.Add(1)
 	if ownLack(e) {
 		l.gw.short(lackInAccept, e, ln.name)
 	}
-	time.AfterFunc(ln.backoff, func() { l.post(ln.resume) })
+	ln.pause(ln.backoff)
+}
+
+// pause stops accepting for so long.
+func (ln *listener) pause(d time.Duration) {
+	ln.paused = true
+	ln.loop.unwatchListener(ln)
+	time.AfterFunc(d, func() { ln.loop.post(ln.resume) })
+}
+
+// HoldAccepts has no connection accepted until release is called: the descriptors that an order needs, of a process that
+// has no more, must not go to clients that wait.
+func (g *Gateway) HoldAccepts() (release func()) {
+	g.holds.Add(1)
+	return func() { g.holds.Add(-1) }
 }
 
 func (ln *listener) resume() {

@@ -274,6 +274,16 @@ func (r *reserve) spend(n int) bool {
 	return true
 }
 
+// needed says whether the process has no other descriptor.
+func (r *reserve) needed() bool {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return true
+	}
+	_ = unix.Close(fd)
+	return false
+}
+
 // refill opens as many as are missing and may be opened.
 func (r *reserve) refill() {
 	r.mu.Lock()

@@ -74,6 +74,9 @@ func (s *Server) order(name string, handle http.HandlerFunc) http.HandlerFunc {
 		if n := clientOf(r); n != nil {
 			defer n.keep()()
 		}
+		if s.kept.needed() { // clients that wait must not get what the order needs
+			defer s.gateway.HoldAccepts()()
+		}
 		if s.kept.spend(orderDescriptors) {
 			defer s.kept.refill()
 		}
