@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/ktls"
 	"github.com/tlsnat/tlsnat/gateway/record"
 	"github.com/tlsnat/tlsnat/natmap"
 )
@@ -79,7 +80,7 @@ func (r readingHalf) skim(room []byte) (int, unix.Errno) {
 	if r.kind() != kernelHalf {
 		return sysRead(r.fd, room)
 	}
-	n, typ, e := sysReceive(r.fd, room) // read(2) stops at what is no data
+	n, typ, e := ktls.Receive(r.fd, room) // read(2) stops at what is no data
 	if e == 0 && n == 0 && typ != 0 {
 		n = 1 // an empty record is not the end
 	}

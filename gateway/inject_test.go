@@ -6,26 +6,16 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/tlsnat/tlsnat/gateway/ktls"
 )
 
 var sysCallNames = map[sysCall]string{recvCall: "recvfrom", sendCall: "sendto", readvCall: "readv", writevCall: "writev", spliceCall: "splice",
-	connectCall: "connect", acceptCall: "accept4", pollCall: "epoll_wait", ulpCall: "TCP_ULP", sealCall: "TLS_TX", openCall: "TLS_RX",
-	sentCall: "getsockopt", sendmsgCall: "sendmsg", recvmsgCall: "recvmsg"}
+	connectCall: "connect", acceptCall: "accept4", pollCall: "epoll_wait"}
 
 // Inject has every system call on the paths of connections asked for first: fail says with which error it fails, or 0. It
 // must be called before a gateway starts, and undone when that has ended.
 func Inject(fail func(call string, fd int) unix.Errno) (undo func()) {
 	inject = func(call sysCall, fd int32) unix.Errno { return fail(sysCallNames[call], int(fd)) }
 	return func() { inject = nil }
-}
-
-// Kernel has gateways take this for what the kernel supports, and hand over to it after so many bytes. As Inject.
-func Kernel(k *ktls.Support, worth int32) (undo func()) {
-	probe, before := probeKernel, kernelWorth
-	probeKernel, kernelWorth = func() *ktls.Support { return k }, worth
-	return func() { probeKernel, kernelWorth = probe, before }
 }
 
 // Leftovers says what of connections is still counted in a gateway that has none; "" if nothing is.

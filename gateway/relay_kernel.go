@@ -121,7 +121,7 @@ func (s *socket) attach() error {
 	if s.tls.rx == inKernel || s.tls.tx == inKernel {
 		return nil
 	}
-	if err := sysAttach(s.fd); err != nil && err != unix.EEXIST {
+	if err := ktls.Attach(s.fd); err != nil && err != unix.EEXIST {
 		return err
 	}
 	return nil
@@ -145,12 +145,12 @@ func (t transfer) sealInKernel() bool {
 	}
 	var sent uint64
 	if err == nil {
-		sent, err = sysSent(t.to.fd)
+		sent, err = ktls.Sent(t.to.fd)
 	}
 	k, seq := s.writer.Export()
 	defer k.Wipe()
 	if err == nil {
-		err = sysSetTX(t.to.fd, &k, seq)
+		err = ktls.SetTX(t.to.fd, &k, seq)
 	}
 	if err != nil {
 		t.run = 0
@@ -172,7 +172,7 @@ func (t transfer) openInKernel() {
 	defer k.Wipe()
 	err := t.from.attach()
 	if err == nil {
-		err = sysSetRX(t.from.fd, &k, seq)
+		err = ktls.SetRX(t.from.fd, &k, seq)
 	}
 	if err != nil {
 		t.keepHere(&s.rx, whyNot(err))
@@ -210,7 +210,7 @@ func (t transfer) readControl(said unix.Errno) int {
 		before = t.to.tls.writer.Prefix()
 	}
 	buf := t.c.loop.scratch[before : before+maxPlain]
-	n, typ, e := sysReceive(t.from.fd, buf)
+	n, typ, e := ktls.Receive(t.from.fd, buf)
 	switch {
 	case e == unix.EAGAIN && said == 0:
 		t.drained()
@@ -287,7 +287,7 @@ func (t transfer) openWithNewKeys() bool {
 	k, seq := r.Export()
 	defer k.Wipe()
 	r.Follow()
-	if err := sysSetRX(t.from.fd, &k, seq); err != nil {
+	if err := ktls.SetRX(t.from.fd, &k, seq); err != nil {
 		t.ended, t.from.readable = true, false
 		t.back().stuckWithKeys("new keys, which the kernel can't open with: " + err.Error())
 		return false
@@ -302,11 +302,11 @@ func (t transfer) renewInKernel() {
 		return
 	}
 	suite := s.writer.Suite()
-	if e := sysSendRecord(t.to.fd, record.TypeHandshake, keyUpdate); e != 0 {
+	if e := ktls.Send(t.to.fd, record.TypeHandshake, keyUpdate); e != 0 {
 		t.to.wrote(0, len(keyUpdate), e)
 		return
 	}
-	next, err := sysNextTX(t.to.fd, suite)
+	next, err := ktls.NextTX(t.to.fd, suite)
 	s.debt += int64(len(keyUpdate)) + int64(next)*int64(ktls.Overhead(suite))
 	s.asked = false
 	s.writer.Update()
@@ -314,7 +314,7 @@ func (t transfer) renewInKernel() {
 	defer k.Wipe()
 	s.writer.Follow()
 	if err == nil {
-		err = sysSetTX(t.to.fd, &k, seq)
+		err = ktls.SetTX(t.to.fd, &k, seq)
 	}
 	if err != nil {
 		t.stuckWithKeys("the kernel does not take new keys: " + err.Error())
@@ -396,9 +396,9 @@ func (t transfer) say(a record.Alert) bool {
 		return false
 	}
 	body := a.Body()
-	e := sysSendRecord(t.to.fd, record.TypeAlert, body[:])
+	e := ktls.Send(t.to.fd, record.TypeAlert, body[:])
 	if t.back().from.kind() == kernelHalf && unopenable(e) { // the error of what came meanwhile; it's said once
-		e = sysSendRecord(t.to.fd, record.TypeAlert, body[:])
+		e = ktls.Send(t.to.fd, record.TypeAlert, body[:])
 	}
 	if e != 0 {
 		t.to.wrote(0, len(body), e)
@@ -416,11 +416,11 @@ func (t transfer) held() int {
 		return 0
 	}
 	suite := t.to.tls.writer.Suite()
-	next, err := sysNextTX(t.to.fd, suite)
+	next, err := ktls.NextTX(t.to.fd, suite)
 	if err != nil {
 		return 0
 	}
-	sent, err := sysSent(t.to.fd)
+	sent, err := ktls.Sent(t.to.fd)
 	if err != nil {
 		return 0
 	}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/ktls"
 )
 
 const (
@@ -134,7 +136,7 @@ func (t transfer) emptyPipe() {
 // copyOpened is copyOver for a half that the kernel opens: a record, of whatever kind.
 func (t transfer) copyOpened() int {
 	buf := t.c.loop.scratch[:maxPlain]
-	n, typ, e := sysReceive(t.from.fd, buf)
+	n, typ, e := ktls.Receive(t.from.fd, buf)
 	if e == unix.EAGAIN {
 		t.drained()
 		return 0

@@ -7,9 +7,6 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/tlsnat/tlsnat/gateway/ktls"
-	"github.com/tlsnat/tlsnat/gateway/record"
 )
 
 // The system calls of the loops. All of them are non-blocking, so they are made without telling the scheduler
@@ -32,13 +29,7 @@ const (
 	spliceCall // from a socket, or to one
 	connectCall
 	acceptCall
-	ulpCall     // setsockopt(TCP_ULP)
-	sealCall    // setsockopt(TLS_TX)
-	openCall    // setsockopt(TLS_RX)
-	sentCall    // getsockopt(TLS_TX), getsockopt(TCP_INFO): what the kernel has sealed and sent
-	sendmsgCall // of a record that is no data
-	recvmsgCall // of a record, whatever it is
-	pollCall    // of a loop: a turn; it can't be made to fail
+	pollCall // of a loop: a turn; it can't be made to fail
 )
 
 // inject, where a test has set it, says with which error a call on that socket fails instead of being made; 0: it is
@@ -125,72 +116,6 @@ func sysSplice(from, to int32, n int) (int, unix.Errno) {
 		}
 		if e != unix.EINTR || left == 0 {
 			return int(m), e
-		}
-	}
-}
-
-// sysAttach puts the kernel's TLS on a socket.
-func sysAttach(fd int32) error {
-	if e := injected(ulpCall, fd); e != 0 {
-		return e
-	}
-	return ktls.Attach(fd)
-}
-
-// sysSetTX has the kernel seal from the record of that number on.
-func sysSetTX(fd int32, k *record.Keys, seq uint64) error {
-	if e := injected(sealCall, fd); e != 0 {
-		return e
-	}
-	return ktls.SetTX(fd, k, seq)
-}
-
-// sysSetRX has the kernel open from the record of that number on.
-func sysSetRX(fd int32, k *record.Keys, seq uint64) error {
-	if e := injected(openCall, fd); e != 0 {
-		return e
-	}
-	return ktls.SetRX(fd, k, seq)
-}
-
-// sysNextTX is the number of the next record that the kernel will seal.
-func sysNextTX(fd int32, suite uint16) (uint64, error) {
-	if e := injected(sentCall, fd); e != 0 {
-		return 0, e
-	}
-	return ktls.NextTX(fd, suite)
-}
-
-// sysSent is how many bytes TCP has taken, but for a constant (ktls.Sent).
-func sysSent(fd int32) (uint64, error) {
-	if e := injected(sentCall, fd); e != 0 {
-		return 0, e
-	}
-	return ktls.Sent(fd)
-}
-
-// sysSendRecord has the kernel seal and send a record that is no data. It waits for a lock of the socket's, which a
-// signal may interrupt.
-func sysSendRecord(fd int32, typ byte, p []byte) unix.Errno {
-	for left := interruptions; ; left-- {
-		e := injected(sendmsgCall, fd)
-		if e == 0 {
-			e = ktls.Send(fd, typ, p)
-		}
-		if e != unix.EINTR || left == 0 {
-			return e
-		}
-	}
-}
-
-// sysReceive reads what the kernel has opened, with its type (ktls.Receive).
-func sysReceive(fd int32, p []byte) (n int, typ byte, e unix.Errno) {
-	for left := interruptions; ; left-- {
-		if e = injected(recvmsgCall, fd); e == 0 {
-			n, typ, e = ktls.Receive(fd, p)
-		}
-		if e != unix.EINTR || left == 0 {
-			return n, typ, e
 		}
 	}
 }
