@@ -14,10 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"go.uber.org/zap"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/ktls"
 	"github.com/tlsnat/tlsnat/natmap"
 )

@@ -3,17 +3,13 @@
 package gateway
 
 import (
-	"context"
 	"errors"
 	"io"
 	"net"
-	"strconv"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 
 // TestPipeOfAStalledStreamIsTakenBack: a stream that nobody reads keeps no descriptors for longer than a moment, and no
@@ -97,19 +93,9 @@ func TestHalfARecordStaysWithTheKernel(t *testing.T) {
 // TestMemoryHasABound: streams that nobody reads fill their part and little more; who reads is served all the same, who comes
 // from the same address is turned away by name, and when they have gone everything is back.
 func TestMemoryHasABound(t *testing.T) {
-	addr := "127.0.0.1:" + strconv.Itoa(testkit.Port(t))
-	g := configured(t, "MAP="+addr+" -> "+floodAddr(t)+" mode=tcp", "LOOPS=1")
 	const share = 1 << 20
+	g, addr := withMemory(t, share)
 	l := g.loops[0]
-	l.lent.share = share
-	if err := g.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		now, cancel := context.WithCancel(t.Context())
-		cancel()
-		g.Drain(now)
-	}()
 	dial := func() *net.TCPConn {
 		c, err := net.Dial("tcp", addr)
 		if errors.Is(err, unix.ECONNRESET) {

@@ -18,11 +18,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/pool"
-
 	"github.com/pires/go-proxyproto"
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 )

@@ -19,10 +19,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 

@@ -8,12 +8,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/pool"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/gateway/ktls"
+	"github.com/tlsnat/tlsnat/gateway/pool"
 	"github.com/tlsnat/tlsnat/gateway/record"
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"

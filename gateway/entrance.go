@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"github.com/tlsnat/tlsnat/gateway/gate"
 	"github.com/tlsnat/tlsnat/natmap"
 )

@@ -17,9 +17,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // backendVariable makes of the test's program a backend, a process that can be killed: it says the letter in the variable,

@@ -26,12 +26,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/ktls"
 )
 

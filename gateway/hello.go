@@ -6,11 +6,10 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-	"github.com/tlsnat/tlsnat/gateway/record"
-
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/record"
 	"github.com/tlsnat/tlsnat/gateway/starttls"
 	"github.com/tlsnat/tlsnat/natmap"
 	"github.com/tlsnat/tlsnat/sni"

@@ -9,11 +9,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-	"github.com/tlsnat/tlsnat/gateway/printable"
-
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // newLogger writes lines as the settings say, through a buffer: a loop that ends a connection must not wait for a

@@ -10,11 +10,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/turns"
-
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/turns"
 	"github.com/tlsnat/tlsnat/sni"
 )
 

@@ -15,10 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/record"
 )
 

@@ -41,22 +41,29 @@ func floodAddr(t *testing.T) string {
 	return backend.Addr().String()
 }
 
-// TestOneSourceFillsItsShareOfMemory and no more: beside its stalled streams, new connections of other addresses are
-// served.
-func TestOneSourceFillsItsShareOfMemory(t *testing.T) {
+// withMemory is a running gateway whose loop may lend so many bytes, and the address of a rule with a flood behind it. It ends
+// with the test.
+func withMemory(t *testing.T, share int) (*Gateway, string) {
+	t.Helper()
 	addr := "127.0.0.1:" + strconv.Itoa(testkit.Port(t))
 	g := configured(t, "MAP="+addr+" -> "+floodAddr(t)+" mode=tcp", "LOOPS=1")
-	const share = 1 << 20
-	l := g.loops[0]
-	l.lent.share = share
+	g.loops[0].lent.share = share
 	if err := g.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		now, cancel := context.WithCancel(t.Context())
+	t.Cleanup(func() {
+		now, cancel := context.WithCancel(context.Background())
 		cancel()
 		g.Drain(now)
-	}()
+	})
+	return g, addr
+}
+
+// TestOneSourceFillsItsShareOfMemory and no more: beside its stalled streams, new connections of other addresses are
+// served.
+func TestOneSourceFillsItsShareOfMemory(t *testing.T) {
+	const share = 1 << 20
+	g, addr := withMemory(t, share)
 	dialFrom := func(source string) (*net.TCPConn, error) {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
 		c, err := d.Dial("tcp", addr)

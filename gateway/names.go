@@ -14,10 +14,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/pool"
-
 	"go.uber.org/zap"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 

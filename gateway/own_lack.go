@@ -8,10 +8,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/pool"
-
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/pool"
 )
 
 // What this process or its machine lacks is not the fault of a backend, a check or a client. A connect or a check that

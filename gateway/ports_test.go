@@ -10,11 +10,10 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/steer"
 	"github.com/tlsnat/tlsnat/natmap"
 )

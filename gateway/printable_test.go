@@ -11,9 +11,9 @@ import (
 	"time"
 	"unicode"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"go.uber.org/zap"
+
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // lines is what a logger of the format writes.

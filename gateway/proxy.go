@@ -13,11 +13,10 @@ import (
 	"net"
 	"net/netip"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"github.com/pires/go-proxyproto"
 	"github.com/pires/go-proxyproto/tlvparse"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 

@@ -13,11 +13,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/pool"
-
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/pool"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 

@@ -7,11 +7,10 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/natmap"
 	"github.com/tlsnat/tlsnat/sni"
 )

@@ -13,9 +13,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"github.com/pires/go-proxyproto"
+
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // awsHeader is what a Network Load Balancer sends of a connection through a VPC endpoint: the bytes of AWS's own test

@@ -13,11 +13,10 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // certFile writes a new certificate for a name, with its chain and key, as NAME.pem.

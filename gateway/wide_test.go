@@ -21,11 +21,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/steer"
 )
 

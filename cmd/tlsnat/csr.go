@@ -17,11 +17,10 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"golang.org/x/net/idna"
 
 	"github.com/tlsnat/tlsnat/gateway/certs"
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 

@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/printable"
-
-	"golang.org/x/sys/unix"
 )
 
 // demo is a working gateway with nothing configured.

@@ -11,10 +11,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"golang.org/x/sys/unix"
 
+	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/natmap"
 )
 

@@ -21,7 +21,6 @@ import (
 	"time"
 
 	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"github.com/tlsnat/tlsnat/gateway/testkit"
 )
 

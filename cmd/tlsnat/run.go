@@ -13,13 +13,12 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 func (p *program) run(args []string) int {

@@ -19,11 +19,10 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-	"github.com/tlsnat/tlsnat/gateway/printable"
-
 	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/admin"
+	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // client is who to ask about the running gateway: the admin that the settings name. What is wrong with other settings does

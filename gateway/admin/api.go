@@ -16,10 +16,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/tlsnat/tlsnat/gateway"
 	"github.com/tlsnat/tlsnat/gateway/config"
 	"github.com/tlsnat/tlsnat/gateway/printable"
-
-	"github.com/tlsnat/tlsnat/gateway"
 )
 
 // Loops answer within a millisecond, as a rule. One that doesn't for this long is left out, and named.

@@ -19,9 +19,8 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"github.com/tlsnat/tlsnat/gateway"
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // Client asks the admin of a running gateway.

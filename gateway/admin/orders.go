@@ -9,12 +9,12 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-	"github.com/tlsnat/tlsnat/gateway/printable"
-
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/tlsnat/tlsnat/gateway/config"
+	"github.com/tlsnat/tlsnat/gateway/printable"
 )
 
 // Orders at once. They are an operator's or a script's; a reload takes seconds, and others wait for it.

@@ -14,9 +14,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/tlsnat/tlsnat/gateway/config"
-
 	"golang.org/x/sys/unix"
+
+	"github.com/tlsnat/tlsnat/gateway/config"
 )
 
 // socketMode lets the gateway's group give orders, and nobody else.
